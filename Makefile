@@ -1,0 +1,32 @@
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: install quickstart test check bench bench-gpu
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The path lets the deepspeed launcher find this environment's python; where deepspeed is absent, plain python trains.
+quickstart: install
+	PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	if [ -x $(BIN)/deepspeed ]; then run="deepspeed --num_gpus 1"; else run=python; fi; \
+	$$run fastcorl/train.py --config configs/quickstart.yaml $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python -m pytest bench --benchmark-only -m "not gpu" $(ARGS)
+
+bench-gpu: install
+	$(BIN)/python -m pytest bench --benchmark-only -m gpu $(ARGS)

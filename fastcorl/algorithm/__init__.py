@@ -1,0 +1,17 @@
+"""CoRL's algorithm: packing, the objective and the merge of refined policies."""
+
+from fastcorl.algorithm.merge import gaussian_merge, merge_state_dicts
+from fastcorl.algorithm.objective import CoRLObjective, ObjectiveOptions, StepTotals, packed_log_probs
+from fastcorl.algorithm.packing import PackOptions, count_micro_batches, pack_rollout
+
+__all__ = [
+    "CoRLObjective",
+    "ObjectiveOptions",
+    "PackOptions",
+    "StepTotals",
+    "count_micro_batches",
+    "gaussian_merge",
+    "merge_state_dicts",
+    "pack_rollout",
+    "packed_log_probs",
+]

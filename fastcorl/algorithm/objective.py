@@ -1,0 +1,139 @@
+"""The CoRL objective on a packed micro-batch: GRPO on image tokens plus GRPO on text tokens, one backbone forward."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+from fastcorl.records import LossRows, PackedBatch
+from fastcorl_kernels import GRPOLoss, linear_grpo_loss, linear_selective_log_softmax
+
+Modality = Literal["image", "text"]
+MODALITIES: tuple[Modality, ...] = ("image", "text")
+
+
+class PackedModel(Protocol):
+    """What the objective asks of a policy."""
+
+    def hidden_states(self, batch: PackedBatch) -> torch.Tensor: ...
+    def image_head_input(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+    text_head: nn.Linear
+    image_head: nn.Linear
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """The fields of the algorithm configuration that the loss reads; `guidance` w is used unless the policy is `cond`.
+
+    `max_lengths` are the longest completions in tokens, by modality, for `dr_grpo`.
+    """
+
+    temperature: float
+    guidance: float
+    policy_logits: str
+    loss_type: str
+    importance: str
+    eps_low: float | None
+    eps_high: float | None
+    beta: float
+    max_lengths: dict[str, int]
+
+    @property
+    def guided(self) -> bool:
+        return self.policy_logits != "cond" and self.guidance != 1
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Sizes of the whole optimizer step per modality, averaged over ranks: what micro-batch losses are divided by."""
+
+    sequences: dict[str, float]
+    tokens: dict[str, float]
+
+
+class CoRLObjective(nn.Module):
+    """Loss of one micro-batch. Summed over the micro-batches of a step and averaged over ranks it is the loss of the
+    step: each modality normalised on its own, image plus text (CoRL eq. 6, the same advantage on both modalities).
+
+    It owns the policy so that a training engine can wrap both in one module.
+    """
+
+    def __init__(self, policy: PackedModel, options: ObjectiveOptions):
+        super().__init__()
+        self.policy = policy
+        self.options = options
+
+    def forward(self, batch: PackedBatch, totals: StepTotals) -> tuple[torch.Tensor, dict[Modality, GRPOLoss]]:
+        losses = {
+            modality: self._loss(modality, rows, hidden, weight, bias, totals)
+            for modality, rows, hidden, weight, bias in head_inputs(self.policy, batch, self.options)
+        }
+        return sum(loss.loss for loss in losses.values()), losses
+
+    def _loss(
+        self,
+        modality: Modality,
+        rows: LossRows,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        totals: StepTotals,
+    ) -> GRPOLoss:
+        options = self.options
+        # The step's sizes instead of the micro-batch's, so that the sum over micro-batches is the step's loss.
+        normalizer = totals.tokens[modality]
+        if options.loss_type == "grpo":
+            normalizer = totals.sequences[modality]
+        elif options.loss_type == "dr_grpo":
+            normalizer = totals.sequences[modality] * options.max_lengths[modality]
+        return linear_grpo_loss(
+            hidden,
+            weight,
+            rows.targets,
+            rows.advantages,
+            cu_seqlens=rows.cu_seqlens,
+            bias=bias,
+            old_log_probs=rows.old_log_probs,
+            ref_log_probs=rows.ref_log_probs,
+            temperature=options.temperature,
+            beta=options.beta,
+            eps_low=options.eps_low,
+            eps_high=options.eps_high,
+            loss_type=options.loss_type,
+            importance=options.importance,
+            normalizer=normalizer,
+        )
+
+
+def head_inputs(policy: PackedModel, batch: PackedBatch, options: ObjectiveOptions):
+    """Yields (modality, rows, (R, hidden) head inputs, head weight, head bias) of a micro-batch.
+
+    Guidance is linear in logits and the last layer of the image head is linear, so guided logits come from a guided
+    head input: no second logits tensor, no second product with the head.
+    """
+    hidden = policy.hidden_states(batch)
+    if batch.image is not None:
+        rows = batch.image
+        inputs = policy.image_head_input(hidden.index_select(0, rows.positions))
+        if options.guided:
+            uncond = policy.image_head_input(hidden.index_select(0, rows.uncond_positions))
+            if options.policy_logits == "cfg_detach_uncond":
+                uncond = uncond.detach()
+            inputs = uncond + options.guidance * (inputs - uncond)
+        yield "image", rows, inputs, policy.image_head.weight, policy.image_head.bias
+    if batch.text is not None:
+        inputs = hidden.index_select(0, batch.text.positions)
+        yield "text", batch.text, inputs, policy.text_head.weight, policy.text_head.bias
+
+
+@torch.no_grad()
+def packed_log_probs(
+    policy: PackedModel, batch: PackedBatch, options: ObjectiveOptions
+) -> dict[Modality, torch.Tensor]:
+    """Teacher-forced log-probs (R,) float32 of a micro-batch's sampled tokens, by modality."""
+    return {
+        modality: linear_selective_log_softmax(hidden, weight, rows.targets, bias=bias, temperature=options.temperature)
+        for modality, rows, hidden, weight, bias in head_inputs(policy, batch, options)
+    }

@@ -1,0 +1,170 @@
+"""Attention of the language backbone, plugged in through transformers' attention-function registry.
+
+The backbone is called with `attention=<context>`; the context decides how queries meet keys: `PackedAttention` for
+packed sequences (training, prefill), `CachedAttention` for one new token per row (decoding). So one backbone, the one
+transformers built, serves both, whatever its family.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+IMPLEMENTATION = "fastcorl"
+
+
+class AttentionContext(Protocol):
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """(B, heads, L, D) query, (B, kv_heads, L, D) key and value -> (B, L, heads, D)."""
+        ...
+
+
+def fastcorl_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    *,
+    attention: AttentionContext,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """The registered function; transformers calls it once per layer."""
+    return attention.attend(module.layer_idx, query, key, value, scaling), None
+
+
+def register() -> None:
+    """Make `attn_implementation="fastcorl"` known. No mask function goes with it, so transformers builds no mask."""
+    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, fastcorl_attention)
+
+
+class PackedAttention:
+    """Causal attention inside each sequence of a pack of N positions.
+
+    Args:
+        cu_seqlens: (S + 1,) int; sequence `s` takes the positions `cu_seqlens[s]:cu_seqlens[s + 1]`.
+        prefixes: (S,) int64; a sequence with `prefixes[s] = p >= 0` continues sequence `p`: its positions attend to all
+            of `p` and causally to themselves. -1 marks a sequence on its own, as does None for all.
+        keep_kv: store each layer's keys and values, (N, kv_heads, D), for a decoder to start from.
+
+    Sequences of similar length are stood side by side, right-padded, for one SDPA call per bucket: with the padding on
+    the right, plain causal attention never lets a real query see it. Padding exists only inside this call.
+    """
+
+    def __init__(self, cu_seqlens: torch.Tensor, prefixes: torch.Tensor | None = None, *, keep_kv: bool = False):
+        self.keys: list[torch.Tensor] | None = [] if keep_kv else None
+        self.values: list[torch.Tensor] = []
+        bounds = cu_seqlens.tolist()
+        parents = [-1] * (len(bounds) - 1) if prefixes is None else prefixes.tolist()
+        buckets: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for sequence, parent in enumerate(parents):
+            length = bounds[sequence + 1] - bounds[sequence]
+            parent_length = bounds[parent + 1] - bounds[parent] if parent >= 0 else 0
+            if length:
+                buckets.setdefault((_bucket(length), _bucket(parent_length)), []).append((sequence, parent))
+        self.calls = []
+        places = torch.empty(bounds[-1], dtype=torch.int64)
+        offset = 0
+        for (_, parent_bucket), members in buckets.items():
+            own, real = _grid([(bounds[s], bounds[s + 1]) for s, _ in members])
+            places[own[real]] = offset + torch.arange(own.numel()).view_as(own)[real]
+            offset += own.numel()
+            seen, mask = own, None
+            if parent_bucket >= 0:
+                before, known = _grid([(bounds[p], bounds[p + 1]) for _, p in members])
+                causal = torch.ones(own.shape[1], own.shape[1], dtype=torch.bool).tril()
+                mask = torch.cat(
+                    [known[:, None].expand(-1, own.shape[1], -1), causal.expand(len(own), -1, -1)], dim=-1
+                )[:, None].to(cu_seqlens.device)
+                seen = torch.cat([before, own], dim=1)
+            self.calls.append((own.to(cu_seqlens.device), seen.to(cu_seqlens.device), mask))
+        self.places = places.to(cu_seqlens.device)  # (N,): where each position stands among the padded places
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))  # (N, heads, D)
+        if self.keys is not None:
+            self.keys.append(key)
+            self.values.append(value)
+        outputs = []
+        for own, seen, mask in self.calls:
+            q, k, v = _stand(query, own), _stand(key, seen), _stand(value, seen)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs).index_select(0, self.places).unsqueeze(0)
+
+
+def _grid(spans: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of spans side by side, (spans, longest), padded with each span's last; and which of them are real."""
+    starts, ends = torch.tensor(spans).T
+    grid = starts[:, None] + torch.arange(int((ends - starts).max()))
+    return grid.minimum(ends[:, None] - 1), grid < ends[:, None]
+
+
+def _stand(states: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """(N, heads, D) states at (spans, longest) positions -> (spans, heads, longest, D).
+
+    `index_select`, because its backward adds rows in one pass where that of an index expression sorts first.
+    """
+    return states.index_select(0, grid.flatten()).unflatten(0, grid.shape).transpose(1, 2)
+
+
+def _bucket(length: int) -> int:
+    """Lengths within about a fifth of one another share a bucket; 0 has its own."""
+    if length == 0:
+        return -1
+    return round(4 * (length - 1).bit_length() + 4 * (length / (1 << (length - 1).bit_length())))
+
+
+class CachedAttention:
+    """Attention of one new token per row over a static cache.
+
+    Row `r` has `lengths[r]` cached positions; the new token's key and value are written behind them and are attended
+    to as well. Call `advance` after each backbone forward.
+    """
+
+    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], lengths: torch.Tensor):
+        self.keys = keys  # per layer (rows, kv_heads, capacity, D)
+        self.values = values
+        self.lengths = lengths
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.rows = torch.arange(len(self.lengths), device=self.lengths.device)
+        self.longest = int(self.lengths.max()) + 1 if len(self.lengths) else 0
+        seen = torch.arange(self.longest, device=self.lengths.device)
+        self.mask = (seen <= self.lengths[:, None])[:, None, None, :]
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        self.keys[layer][self.rows, :, self.lengths] = key.squeeze(2)
+        self.values[layer][self.rows, :, self.lengths] = value.squeeze(2)
+        out = F.scaled_dot_product_attention(
+            query,
+            self.keys[layer][:, :, : self.longest],
+            self.values[layer][:, :, : self.longest],
+            attn_mask=self.mask,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out.transpose(1, 2)
+
+    def advance(self) -> None:
+        self.lengths = self.lengths + 1
+        self._refresh()
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop every row but `rows` (int64), in that order."""
+        self.keys = [states[rows] for states in self.keys]
+        self.values = [states[rows] for states in self.values]
+        self.lengths = self.lengths[rows]
+        self._refresh()

@@ -1,0 +1,175 @@
+"""The policy: a unified model whose backbone runs on packed positions and whose two heads are read separately."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image
+from torch import nn
+from transformers import JanusForConditionalGeneration, ProcessorMixin
+
+from fastcorl.model.attention import AttentionContext, PackedAttention
+from fastcorl.model.prompts import PromptEncoder
+from fastcorl.records import PackedBatch
+
+
+class Policy(nn.Module):
+    """Janus seen as: embeddings -> backbone -> hidden states -> text head or image head.
+
+    Trained parts are the language backbone with its embedding and the text head; vision tower, aligners, VQ model,
+    generation embedding and generation head are frozen, as in the public CoRL code.
+    """
+
+    def __init__(self, janus: JanusForConditionalGeneration, processor: ProcessorMixin, encoder: PromptEncoder):
+        super().__init__()
+        self.janus = janus
+        self.processor = processor
+        self.encoder = encoder
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Set `requires_grad` of every parameter to what CoRL trains."""
+        self.janus.requires_grad_(False)
+        self.janus.model.language_model.requires_grad_(True)
+        self.janus.lm_head.requires_grad_(True)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.janus.model.language_model
+
+    @property
+    def text_head(self) -> nn.Linear:
+        return self.janus.lm_head
+
+    @property
+    def image_head(self) -> nn.Linear:
+        return self.janus.model.generation_head.vision_head
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Codes of one drawing."""
+        return self.janus.config.vq_config.num_patches**2
+
+    @property
+    def image_size(self) -> int:
+        return self.janus.config.vision_config.image_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.text_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backbone.norm.weight.dtype
+
+    def embed_text(self, ids: torch.Tensor) -> torch.Tensor:
+        """(...) text ids -> (..., hidden)."""
+        return self.backbone.embed_tokens(ids)
+
+    def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """(...) image codes -> (..., hidden)."""
+        return self.janus.prepare_embeddings_for_image_generation(codes)
+
+    def embed(self, batch: PackedBatch) -> torch.Tensor:
+        """(N, hidden) input embeddings of a pack."""
+        code_positions = batch.is_image_code.nonzero().squeeze(-1)
+        text_ids = batch.token_ids.masked_fill(batch.is_image_code, self.encoder.pad_id)
+        embeds = self.embed_text(text_ids)
+        if len(code_positions):
+            codes = self.embed_codes(batch.token_ids.index_select(0, code_positions))
+            embeds = embeds.index_copy(0, code_positions, codes.to(embeds.dtype))
+        if len(batch.vision_positions):
+            features = batch.vision_features.index_select(0, batch.vision_rows)
+            embeds = embeds.index_copy(0, batch.vision_positions, features.to(embeds.dtype))
+        return embeds
+
+    def run_backbone(
+        self, embeds: torch.Tensor, position_ids: torch.Tensor, attention: AttentionContext
+    ) -> torch.Tensor:
+        """(B, L, hidden) embeddings at (B, L) positions -> (B, L, hidden) final hidden states."""
+        return self.backbone(
+            inputs_embeds=embeds, position_ids=position_ids, use_cache=False, attention=attention
+        ).last_hidden_state
+
+    def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
+        """(N, hidden) final hidden states of a pack."""
+        attention = PackedAttention(batch.cu_seqlens, batch.prefixes)
+        return self.run_backbone(self.embed(batch).unsqueeze(0), batch.position_ids.unsqueeze(0), attention).squeeze(0)
+
+    def image_head_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The generation head up to its last, linear layer: `image_head` of this gives the code logits.
+
+        Guidance is linear in logits, so it may be applied to this vector instead: W(u + w(c - u)) + b.
+        """
+        head = self.janus.model.generation_head
+        return head.activation_fn(head.proj_out(hidden))
+
+    def preprocess(self, images: list[Image]) -> torch.Tensor:
+        """Normalised (n, 3, H, W) input of the vision tower."""
+        pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        return torch.as_tensor(pixels).to(self.device, self.dtype)
+
+    def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Normalised (n, 3, H, W) -> (n, T_vision, hidden), aligned with the text embeddings."""
+        with torch.no_grad():
+            return self.janus.model.get_image_features(pixel_values, return_dict=True).pooler_output
+
+    def decode_images(self, codes: torch.Tensor) -> torch.Tensor:
+        """(n, T) codes -> (n, 3, H, W) float32 in [0, 1]."""
+        with torch.no_grad():
+            pixels = self.janus.decode_image_tokens(codes)
+        return (pixels.permute(0, 3, 1, 2).float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def match_states(
+        self, pixels: torch.Tensor, captions: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token representations of images and of their captions, read off one forward over [image, caption].
+
+        Args: `pixels` (n, 3, H, W) in [0, 1]; n `captions`.
+        Returns: image states (n, T_vision, hidden), caption states (n, L, hidden) right-padded with zeros, and the
+        (n, L) bool mask of real caption tokens.
+        """
+        processor = self.processor.image_processor
+        if pixels.shape[-1] != self.image_size:
+            pixels = F.interpolate(pixels, size=(self.image_size,) * 2, mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (
+            torch.tensor(values, device=self.device).view(3, 1, 1)
+            for values in (processor.image_mean, processor.image_std)
+        )
+        features = self.vision_features(((pixels.to(self.device) - mean) / std).to(self.dtype))
+        encoded = {caption: self.encoder.match(caption) for caption in set(captions)}
+        ids = [encoded[caption][0] for caption in captions]
+        batch = pack_prompts(ids, features, self.encoder.image_id, self.device)
+        hidden = self.hidden_states(batch)
+        starts = batch.cu_seqlens[:-1].tolist()
+        spans = [encoded[caption][1] for caption in captions]
+        texts = [hidden[start + span.start : start + span.stop] for start, span in zip(starts, spans, strict=True)]
+        lengths = torch.tensor([len(text) for text in texts], device=self.device)
+        text_states = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        mask = torch.arange(text_states.shape[1], device=self.device) < lengths[:, None]
+        return hidden[batch.vision_positions].view(len(captions), -1, hidden.shape[-1]), text_states, mask
+
+
+def pack_prompts(
+    prompts: list[list[int]], vision_features: torch.Tensor | None, image_id: int, device: torch.device
+) -> PackedBatch:
+    """Prompts of text ids behind one another; placeholders are filled from `vision_features` in order of appearance."""
+    lengths = torch.tensor([len(ids) for ids in prompts])
+    token_ids = torch.tensor([token for ids in prompts for token in ids], device=device)
+    placeholders = (token_ids == image_id).nonzero().squeeze(-1)
+    features = vision_features.flatten(0, 1) if vision_features is not None else None
+    num_features = 0 if features is None else len(features)
+    if len(placeholders) != num_features:
+        raise ValueError(f"the prompts have {len(placeholders)} image placeholders for {num_features} image features")
+    return PackedBatch(
+        token_ids=token_ids,
+        is_image_code=torch.zeros_like(token_ids, dtype=torch.bool),
+        position_ids=torch.cat([torch.arange(length) for length in lengths.tolist()]).to(device),
+        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int().to(device),
+        vision_positions=placeholders,
+        vision_rows=torch.arange(len(placeholders), device=device),
+        vision_features=features,
+        image=None,
+        text=None,
+    )

@@ -1,0 +1,1 @@
+"""What a run stands on: ranks, training engines, checkpoints, telemetry, samples and reports."""

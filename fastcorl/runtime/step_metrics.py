@@ -1,0 +1,90 @@
+"""Figures of one step, summed over micro-batches and ranks."""
+
+import math
+
+import torch
+
+from fastcorl.records import PackedBatch, Rollout, Scores, StepRecord
+from fastcorl.runtime.distributed import Distributed
+from fastcorl.runtime.telemetry import peak_memory_gib
+
+# What each loss carries as a mean over its valid tokens.
+TOKEN_MEANS = ("entropy", "kl", "clip_fraction")
+
+
+class StepMetrics:
+    """Collects sums and weights under names; `record` divides one by the other over all ranks."""
+
+    def __init__(self, rollout: Rollout, scores: Scores, advantages: torch.Tensor, batches: list[PackedBatch]):
+        self._sums: dict[str, list[float]] = {}
+        self._largest: dict[str, float] = {}
+        self._loss, self._grad_norm, self._learning_rate, self._updates = 0.0, 0.0, 0.0, 0
+        self.tokens = sum(batch.num_tokens for batch in batches)
+        self.images = 0 if rollout.images is None else rollout.num_rows
+        for name, values in {"total": scores.total, **scores.parts}.items():
+            known = values[values.isfinite()]
+            self._add(f"reward/{name}", float(known.sum()), known.numel())
+        self._add("unscored_rows", float((~scores.total.isfinite()).sum()), len(scores.total))
+        groups = advantages.view(-1, rollout.group_size)
+        self._add("flat_groups", float((groups == 0).all(1).sum()), len(groups))
+        if rollout.images is not None:
+            gap = (rollout.images.log_probs - rollout.images.cond_log_probs).abs()
+            self._add("guidance_gap", float(gap.sum()), gap.numel())
+        if rollout.texts is not None:
+            self._add("answer_tokens", float(rollout.texts.lengths.sum()), rollout.num_rows)
+            self._add("unfinished", float((~rollout.texts.finished).sum()), rollout.num_rows)
+
+    def add(self, batch: PackedBatch, losses: dict) -> None:
+        """Figures of one micro-batch: `losses` are its GRPOLoss by modality."""
+        for modality, result in losses.items():
+            rows = getattr(batch, modality)
+            count = len(rows.targets)
+            for name in TOKEN_MEANS:
+                value = getattr(result, name)
+                if value is not None:
+                    self._add(f"{modality}_{name}", float(value) * count, count)
+            self._largest[f"{modality}_ratio_max"] = max(
+                self._largest.get(f"{modality}_ratio_max", 0.0), float(result.ratio_max)
+            )
+            # How far the trained distribution is from the one that was sampled; 0 up to rounding when all is right.
+            gap = (result.log_probs - rows.sampled_log_probs).abs()
+            self._add(f"{modality}_mismatch", float(gap.sum()), count)
+
+    def add_update(self, loss: float, grad_norm: float, learning_rate: float) -> None:
+        self._loss, self._grad_norm, self._learning_rate = loss, grad_norm, learning_rate
+
+    def record(
+        self, stage: str, step: int, total_steps: int, seconds: dict[str, float], ranks: Distributed
+    ) -> StepRecord:
+        """The step's record over all ranks; a collective call."""
+        names = sorted(self._sums)
+        flat = [value for name in names for value in self._sums[name]]
+        reduced = ranks.reduce([*flat, float(self.tokens), float(self.images)])
+        means = {
+            name: reduced[2 * i] / reduced[2 * i + 1] if reduced[2 * i + 1] else math.nan
+            for i, name in enumerate(names)
+        }
+        (loss,) = ranks.reduce([self._loss], "mean")
+        largest = dict(zip(self._largest, ranks.reduce(list(self._largest.values()), "max"), strict=True))
+        kl = [means.pop(name) for name in ("image_kl", "text_kl") if name in means]
+        metrics = {"loss": loss, **({"kl": sum(kl) / len(kl)} if kl else {})}
+        metrics |= {name: value for name, value in means.items() if not name.startswith("reward/")} | largest
+        metrics |= {"grad_norm": self._grad_norm, "learning_rate": self._learning_rate}
+        return StepRecord(
+            stage=stage,
+            step=step,
+            total_steps=total_steps,
+            rewards={
+                name.removeprefix("reward/"): value for name, value in means.items() if name.startswith("reward/")
+            },
+            metrics=metrics,
+            seconds=seconds,
+            tokens=round(reduced[-2]),
+            images=round(reduced[-1]),
+            memory_gib=peak_memory_gib(),
+        )
+
+    def _add(self, name: str, total: float, count: int) -> None:
+        entry = self._sums.setdefault(name, [0.0, 0.0])
+        entry[0] += total
+        entry[1] += count

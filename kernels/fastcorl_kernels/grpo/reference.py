@@ -1,0 +1,16 @@
+"""Plain torch GRPO loss from logits; holds the (N, V) log-probabilities, and differentiates by autograd."""
+
+from fastcorl_kernels.grpo.objective import summarize
+from fastcorl_kernels.log_softmax.reference import entropy_reference, log_softmax_reference
+
+
+def grpo_loss_reference(logits, batch, settings):
+    """See ``grpo_loss``; logits (N, V), ``batch`` from ``prepare_batch``."""
+    return kept_rows_loss(logits if batch.rows is None else logits.index_select(0, batch.rows), batch, settings)
+
+
+def kept_rows_loss(logits, batch, settings):
+    """The loss from the logits of the rows that count, (M, V)."""
+    log_p = log_softmax_reference(logits, settings.temperature)
+    log_probs = log_p.gather(1, batch.token_ids[:, None]).squeeze(1)
+    return summarize(log_probs, entropy_reference(log_p.detach()), batch, settings)

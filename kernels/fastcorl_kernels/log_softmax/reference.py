@@ -1,0 +1,23 @@
+"""Plain torch selective log-softmax; holds an (N, V) tensor, and differentiates by autograd."""
+
+import torch
+
+from fastcorl_kernels.checks import accumulator_dtype
+
+
+def log_softmax_reference(logits, temperature):
+    """(N, V) log-probabilities in the accumulation dtype."""
+    return torch.log_softmax(logits.to(accumulator_dtype(logits)) / temperature, dim=-1)
+
+
+def entropy_reference(log_p):
+    """Entropy (N,) of ``log_p`` (N, V), where p = 0 adds nothing."""
+    finite = log_p.masked_fill(log_p.isneginf(), 0.0)
+    return -(log_p.exp() * finite).sum(dim=-1)
+
+
+def selective_log_softmax_reference(logits, index, temperature=1.0, return_entropy=False):
+    """See ``selective_log_softmax``."""
+    log_p = log_softmax_reference(logits, temperature)
+    log_probs = log_p.gather(1, index.long()[:, None]).squeeze(1)
+    return (log_probs, entropy_reference(log_p)) if return_entropy else log_probs

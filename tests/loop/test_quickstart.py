@@ -1,0 +1,97 @@
+"""Both stages end to end through the real launcher with two ranks, and what a user finds afterwards."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.loop.launching import read_metrics, run_deepspeed
+
+SHORT = [
+    "--stages.unified.steps=2",
+    "--stages.t2i.steps=1",
+    "--stages.mc.steps=1",
+    "--stages.oe.steps=1",
+    "--evaluation.num_prompts=8",
+    "--logging.samples_every=1",
+    "--checkpoint.every=1",
+    "--checkpoint.keep=9",
+]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    result = run_deepspeed(*SHORT, f"--output_dir={folder}", ranks=2)
+    return folder / "quickstart", result.stdout + result.stderr
+
+
+def test_run_folder_is_complete(finished_run):
+    folder, _ = finished_run
+    for name in ("config.yaml", "metrics.jsonl", "scores.json", "scores.md", "report.png", "tensorboard", "samples"):
+        assert (folder / name).exists(), name
+    assert {path.name for path in (folder / "export").iterdir()} == {"unified", "t2i", "mc", "oe", "merge"}
+    assert len(list((folder / "samples").glob("*.png"))) == 5
+
+
+def test_metrics_tell_the_whole_story(finished_run):
+    folder, _ = finished_run
+    lines = read_metrics(folder)
+    assert [(line["stage"], line["step"]) for line in lines] == [
+        ("unified", 1),
+        ("unified", 2),
+        ("t2i", 1),
+        ("mc", 1),
+        ("oe", 1),
+    ]
+    unified, t2i, mc = lines[0], lines[2], lines[3]
+    assert {"total", "cycle", "tim", "accuracy", "format", "caption", "perceptual"} <= set(unified["rewards"])
+    assert {"rollout", "score", "pack", "train"} <= set(unified["seconds"])
+    assert unified["images"] == 64
+    assert "kl" not in unified["metrics"]
+    assert t2i["metrics"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert "cycle" not in mc["rewards"]
+    # What was sampled is what is trained: both log-probs agree up to rounding.
+    assert unified["metrics"]["image_mismatch"] < 1e-4
+    assert unified["metrics"]["text_mismatch"] < 1e-4
+
+
+def test_scores_of_every_stage_are_kept(finished_run):
+    folder, output = finished_run
+    stages = [entry["stage"] for entry in json.loads((folder / "scores.json").read_text())]
+    assert stages == ["start", "unified", "t2i", "mc", "oe", "merge"]
+    assert "held-out scores, merge" in output
+
+
+def test_export_is_what_transformers_reads(finished_run):
+    import torch
+    from transformers import AutoProcessor, JanusForConditionalGeneration
+
+    folder, _ = finished_run
+    model = JanusForConditionalGeneration.from_pretrained(folder / "export" / "merge")
+    processor = AutoProcessor.from_pretrained(folder / "export" / "merge")
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a red three at top left"}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=text, generation_mode="image", return_tensors="pt")
+    torch.manual_seed(0)
+    tokens = model.generate(**inputs, generation_mode="image", do_sample=True, guidance_scale=5)
+    assert model.decode_image_tokens(tokens).shape == (1, 32, 32, 3)
+
+
+def test_resume_continues_to_the_same_end(tmp_path, finished_run):
+    """A run stopped after step 1 of the second stage and resumed writes the metrics of the run that was not."""
+    reference, _ = finished_run
+    copy = tmp_path / "quickstart"
+    shutil.copytree(reference, copy)
+    for stage in ("t2i", "mc", "oe", "merge"):
+        shutil.rmtree(copy / "export" / stage)
+    shutil.rmtree(copy / "export" / "unified")
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if checkpoint.name != "step-1":
+            shutil.rmtree(checkpoint)
+    if not (copy / "checkpoints" / "step-1").exists():
+        pytest.fail("the checkpoint of step 1 was not kept")
+    run_deepspeed(*SHORT, f"--output_dir={tmp_path}", "--resume=auto", ranks=2)
+    before, after = read_metrics(reference), read_metrics(copy)
+    assert [line["rewards"] for line in before] == [line["rewards"] for line in after]
+    assert [line["metrics"]["loss"] for line in before] == [line["metrics"]["loss"] for line in after]

@@ -1,0 +1,42 @@
+"""The same training whatever the engine: plain torch, ZeRO 0 to 3, one rank or two."""
+
+import pytest
+
+from tests.loop.launching import read_metrics, run_deepspeed, run_python
+
+STEPS = [
+    "--config=configs/quickstart.yaml",
+    "--stages.unified.steps=4",
+    "--stages.unified.prompts_per_step=4",
+    "--stages.unified.group_size=2",
+    "--stages.t2i.steps=1",
+    "--stages.t2i.prompts_per_step=2",
+    "--stages.mc.steps=1",
+    "--stages.mc.prompts_per_step=2",
+    "--stages.oe.steps=1",
+    "--stages.oe.prompts_per_step=2",
+    "--evaluation.num_prompts=2",
+    "--packing.tokens=600",
+    "--logging.samples_every=0",
+    "--logging.tensorboard=false",
+    "--checkpoint.every=0",
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    run_python(*STEPS, f"--output_dir={folder}")
+    return read_metrics(folder / "quickstart")
+
+
+@pytest.mark.parametrize(("zero_stage", "ranks"), [(0, 2), (1, 1), (1, 2), (2, 2), (3, 1), (3, 2)])
+def test_losses_equal_those_of_one_plain_process(tmp_path, plain, zero_stage, ranks):
+    run_deepspeed(*STEPS, f"--output_dir={tmp_path}", f"--deepspeed.zero_stage={zero_stage}", ranks=ranks)
+    lines = read_metrics(tmp_path / "quickstart")
+    assert len(lines) == len(plain) == 7
+    for expected, got in zip(plain, lines, strict=True):
+        assert got["metrics"]["loss"] == pytest.approx(expected["metrics"]["loss"], abs=1e-5)
+        assert got["metrics"]["grad_norm"] == pytest.approx(expected["metrics"]["grad_norm"], rel=1e-3)
+        assert got["rewards"] == pytest.approx(expected["rewards"], abs=1e-5)
+        assert got["tokens"] == expected["tokens"]

@@ -1,0 +1,62 @@
+"""The `fastcorl` command, in process."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from fastcorl.cli import main
+from fastcorl.quickstart.scenes import make_scene
+
+
+def test_generate_writes_a_grid_that_a_seed_repeats(tmp_path, capsys):
+    arguments = ["generate", "--prompt", "a red three at top left", "--num", "3", "--seed", "5"]
+    for name in ("first.png", "second.png"):
+        main([*arguments, "--out", str(tmp_path / name)])
+    first, second = (Image.open(tmp_path / name) for name in ("first.png", "second.png"))
+    assert first.size == (3 * 128, 128)
+    assert first.tobytes() == second.tobytes()
+    assert "first.png" in capsys.readouterr().out
+
+
+def test_ask_answers_about_a_picture(tmp_path, capsys):
+    Image.fromarray(make_scene(1, 1, "train").image).save(tmp_path / "scene.png")
+    main(["ask", "--image", str(tmp_path / "scene.png"), "--question", "how many digits are there?", "--num", "2"])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_evaluate_prints_and_writes_scores(tmp_path, capsys):
+    main(["evaluate", "--num-prompts", "8", "--out", str(tmp_path / "scores.json")])
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert {"overall", "digit", "accuracy", "mc", "oe", "format"} <= set(scores)
+    assert "overall" in capsys.readouterr().out
+
+
+def test_merge_of_a_model_with_itself_is_that_model(tmp_path):
+    from safetensors.torch import load_file
+
+    from fastcorl.model.loading import QUICKSTART_WEIGHTS
+
+    models = ["--base", "quickstart", "--first", "quickstart", "--second", "quickstart"]
+    main(["merge", *models, "--out", str(tmp_path)])
+    before = load_file(QUICKSTART_WEIGHTS / "janus" / "model.safetensors")
+    after = load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all((before[name].float() == after[name]).all() for name in before)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--prompt", "x", "--model", "/no/such/model"],
+        ["generate", "--prompt", "x", "--num", "0"],
+        ["ask", "--image", "/no/such/image.png", "--question", "what?"],
+        ["evaluate", "--data", "/no/such/rows.parquet"],
+    ],
+)
+def test_mistakes_are_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastcorl:")]
+    assert len(lines) == 1

@@ -127,7 +127,8 @@ class PackedBatch:
 
 @dataclass
 class StepRecord:
-    """One line of metrics.jsonl. Units: seconds, tokens, images, GiB; `rewards` are means over rows."""
+    """One line of metrics.jsonl. Units: seconds, GiB; `tokens` and `images` are sampled ones, over all ranks; `rewards`
+    are means over rows."""
 
     stage: str
     step: int  # within the stage, from 1

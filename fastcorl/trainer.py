@@ -92,7 +92,7 @@ class Trainer:
         if self.reference is not None:
             with self.timer.phase("reference"):
                 self._add_reference(batches)
-        metrics = StepMetrics(rollout, scores, advantages, batches)
+        metrics = StepMetrics(rollout, scores, advantages)
         with self.timer.phase("train"):
             for iteration in range(self.config.algorithm.num_iterations):
                 self._update(step, batches, totals, metrics, keep_old=iteration == 0)

@@ -163,8 +163,12 @@ class _DeepSpeedEngine:
 
     def step(self, learning_rate: float) -> float:
         _set_learning_rate(self.optimizer, learning_rate)
+        # Without ZeRO DeepSpeed clips through torch and keeps no norm; the gradients are whole and reduced by now.
+        gradients = [parameter.grad for parameter in _trained(self.module) if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients) if self.zero_stage == 0 and gradients else None
         self.engine.step()
-        return float(self.engine.get_global_grad_norm() or math.nan)
+        kept = self.engine.get_global_grad_norm()
+        return float(norm if kept is None else kept)
 
     def full_policy(self) -> nn.Module:
         if self.shadow is None:

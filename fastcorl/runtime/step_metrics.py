@@ -15,11 +15,11 @@ TOKEN_MEANS = ("entropy", "kl", "clip_fraction")
 class StepMetrics:
     """Collects sums and weights under names; `record` divides one by the other over all ranks."""
 
-    def __init__(self, rollout: Rollout, scores: Scores, advantages: torch.Tensor, batches: list[PackedBatch]):
+    def __init__(self, rollout: Rollout, scores: Scores, advantages: torch.Tensor):
         self._sums: dict[str, list[float]] = {}
         self._largest: dict[str, float] = {}
-        self._loss, self._grad_norm, self._learning_rate, self._updates = 0.0, 0.0, 0.0, 0
-        self.tokens = sum(batch.num_tokens for batch in batches)
+        self._loss, self._grad_norm, self._learning_rate = 0.0, 0.0, 0.0
+        self.tokens = 0  # sampled ones, whatever the packs share
         self.images = 0 if rollout.images is None else rollout.num_rows
         for name, values in {"total": scores.total, **scores.parts}.items():
             known = values[values.isfinite()]
@@ -28,9 +28,11 @@ class StepMetrics:
         groups = advantages.view(-1, rollout.group_size)
         self._add("flat_groups", float((groups == 0).all(1).sum()), len(groups))
         if rollout.images is not None:
+            self.tokens += rollout.images.tokens.numel()
             gap = (rollout.images.log_probs - rollout.images.cond_log_probs).abs()
             self._add("guidance_gap", float(gap.sum()), gap.numel())
         if rollout.texts is not None:
+            self.tokens += int(rollout.texts.lengths.sum())
             self._add("answer_tokens", float(rollout.texts.lengths.sum()), rollout.num_rows)
             self._add("unfinished", float((~rollout.texts.finished).sum()), rollout.num_rows)
 

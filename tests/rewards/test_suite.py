@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fastcorl.config import RewardsConfig
-from fastcorl.records import Prompt
 from fastcorl.errors import UserError
+from fastcorl.records import Prompt
 from fastcorl.rewards import RewardSuite, TIMReward
 from fastcorl.rewards import captioner as captioner_module
 

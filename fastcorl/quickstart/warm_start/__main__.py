@@ -11,7 +11,7 @@ from fastcorl.quickstart.warm_start.captioner import make_image_processor, train
 from fastcorl.quickstart.warm_start.language import Cycle, make_janus, train_language
 from fastcorl.quickstart.warm_start.vq import train_vq
 
-VQ_STEPS, CAPTIONER_STEPS = 1800, 2000
+VQ_STEPS, CAPTIONER_STEPS = 1800, 1000
 POLICY_CYCLES = (
     Cycle(2600, 1.5e-3, thoughts=False, drawings=24, answers=24),
     Cycle(1500, 1.2e-3, thoughts=True, drawings=24, answers=24),

@@ -165,6 +165,7 @@ def blip_config(tokenizer: PreTrainedTokenizerFast) -> BlipConfig:
         pad_token_id=tokenizer.pad_token_id,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        label_smoothing=0.0,
     )
     vision = BlipVisionConfig(
         hidden_size=size,
@@ -175,6 +176,7 @@ def blip_config(tokenizer: PreTrainedTokenizerFast) -> BlipConfig:
         image_size=IMAGE_SIZE,
         patch_size=4,
         hidden_act="gelu",
+        initializer_range=0.02,  # transformers' default of 1e-10 expects pretrained weights
     )
     return BlipConfig(
         text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=size, image_text_hidden_size=size

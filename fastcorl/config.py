@@ -9,7 +9,6 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 COLUMNS = ("prompt", "real_image", "qa_problem", "qa_solution", "qa_type")
-TASKS = ("unified", "alternate", "t2i", "mm2t", "mc", "oe", "merge")
 
 
 class Section(BaseModel):
@@ -28,8 +27,6 @@ class ModelConfig(Section):
     """Folder or hub name of a Janus in the transformers format; "quickstart" is the shipped one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights in forward and backward; the optimizer keeps float32 copies of bfloat16 weights."""
-    attention: Literal["auto", "sdpa"] = "auto"
-    """Attention backend of the packed forward."""
     gradient_checkpointing: bool = False
     """Recompute each block in backward to save memory."""
 

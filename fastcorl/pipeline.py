@@ -192,7 +192,12 @@ class Run:
         longest = {"caption": 0, "question": 0}
 
         def count(prompt: Prompt) -> tuple[int, int]:
-            counts = len(policy.encoder.draw(prompt.caption)), len(policy.encoder.ask(prompt.question))
+            draw_ids, ask_ids = policy.encoder.draw(prompt.caption), policy.encoder.ask(prompt.question)
+            counts = len(draw_ids), len(ask_ids)
+            placeholders = [*draw_ids, *ask_ids].count(policy.encoder.image_id)
+            if placeholders != policy.processor.num_image_tokens:
+                token = policy.processor.image_token
+                raise UserError(f"{data.rows.source}: row {prompt.id}: caption or question contains {token!r}")
             longest.update({name: max(longest[name], n) for name, n in zip(longest, counts, strict=True)})
             return counts
 

@@ -39,7 +39,7 @@ class BlipCaptioner:
         if Path(folder).is_absolute() and not Path(folder).is_dir():
             raise ValueError(f"no captioner at {str(path)!r}: {folder} is not a folder")
         try:
-            model = BlipForConditionalGeneration.from_pretrained(folder)
+            model = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(folder)
             image_processor = BlipImageProcessorPil.from_pretrained(folder)
         except (OSError, ValueError) as error:

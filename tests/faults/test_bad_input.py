@@ -85,6 +85,12 @@ def test_empty_caption(attempt):
     assert "row 8: prompt" in attempt(rows_with(row(prompt="  ")))
 
 
+def test_a_special_token_in_the_text(attempt):
+    line = attempt(rows_with(row(qa_problem="what is <image_placeholder>?")))
+    assert "row 8" in line
+    assert "<image_placeholder>" in line
+
+
 def test_no_row_of_a_stages_question_type(attempt):
     line = attempt([row() for _ in range(8)])
     assert "MC" in line

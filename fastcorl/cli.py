@@ -40,7 +40,12 @@ class Generate:
 
         if self.num < 1:
             raise UserError(f"--num {self.num}: must be at least 1")
+        if self.temperature < 0:
+            raise UserError(f"--temperature {self.temperature}: must not be negative")
         policy = _load(self.model, self.device)
+        context = policy.janus.config.text_config.max_position_embeddings
+        if len(policy.encoder.draw(self.prompt)) + policy.num_image_tokens > context:
+            raise UserError(f"--prompt is too long: with the image it exceeds the model's context of {context} tokens")
         blank = Image.new("RGB", (policy.image_size, policy.image_size))
         prompt = Prompt("cli", self.prompt, blank, "", "", "OE")
         params = SamplingParams(temperature=self.temperature, guidance=self.guidance)
@@ -108,7 +113,8 @@ class Evaluate:
     scorer: str | None = "fastcorl.quickstart.scorer:Scorer"
     """Judge of drawings, `module:class`; None scores answers only."""
     num_prompts: int = 256
-    seed: int = 0
+    seed: str = "evaluation"
+    """What the samples are drawn with; a run's own evaluations use "evaluation"."""
     temperature: float = 1.0
     guidance: float = 1.0
     max_new_tokens: int = 56
@@ -123,6 +129,8 @@ class Evaluate:
         from fastcorl.rollout import RolloutEngine, SamplingParams
         from fastcorl.runtime.distributed import Distributed
 
+        if self.num_prompts < 1:
+            raise UserError(f"--num-prompts {self.num_prompts}: must be at least 1")
         policy = _load(self.model, self.device)
         rows = load_rows(self.data, {}, "--data")
         count = min(self.num_prompts, len(rows))
@@ -136,6 +144,7 @@ class Evaluate:
         for name, value in scores.items():
             print(f"{name:<10}{100 * value:6.1f} %")
         if self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
             self.out.write_text(json.dumps({"model": self.model, "prompts": count, "scores": scores}, indent=1))
 
 

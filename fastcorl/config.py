@@ -1,6 +1,8 @@
 """What a run is told. Strict pydantic models: unknown keys and out-of-range values are errors. Imports no torch."""
 
+import json
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -130,9 +132,35 @@ class PackingConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """ZeRO stage; null takes the one of `config`, or 0."""
     config: str | None = None
     """A DeepSpeed JSON file to start from; sizes, optimizer and precision are filled in from this configuration."""
+
+    @model_validator(mode="after")
+    def _file_is_json_and_agrees(self) -> "DeepSpeedConfig":
+        stage = self.settings().get("zero_optimization", {}).get("stage")
+        if stage is not None and self.zero_stage not in (None, stage):
+            raise ValueError(f"zero_stage is {self.zero_stage}, but {self.config} says {stage}")
+        self.zero_stage = stage or 0 if self.zero_stage is None else self.zero_stage
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """The content of the JSON file, if there is one."""
+        if self.config is None:
+            return {}
+        try:
+            settings = json.loads(Path(self.config).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot read {self.config!r}: {error}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{self.config!r} does not hold a JSON object")
+        return settings
+
+    @property
+    def wanted(self) -> bool:
+        """Whether DeepSpeed is asked for even in a single process."""
+        return self.config is not None or bool(self.zero_stage)
 
 
 class LoggingConfig(Section):
@@ -156,7 +184,7 @@ class EvaluationConfig(Section):
 
 class CheckpointConfig(Section):
     every: Annotated[int, Field(ge=0)] = 100
-    """Steps between checkpoints; 0 saves at the end of a stage only."""
+    """Steps between checkpoints inside a stage; 0 saves none. A finished stage is kept as its export."""
     keep: PositiveInt = 2
     """Newest checkpoints kept per run."""
 

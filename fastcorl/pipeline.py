@@ -4,6 +4,7 @@ import gc
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -19,6 +20,7 @@ from fastcorl.records import Prompt
 from fastcorl.rewards import BlipCaptioner, RewardSuite
 from fastcorl.rollout import RolloutEngine, SamplingParams
 from fastcorl.runtime import distributed
+from fastcorl.runtime.engine import engine_name
 from fastcorl.runtime.report import draw_report, print_scores, score_table
 from fastcorl.runtime.run_folder import Position, RunFolder, placed, write_text
 from fastcorl.runtime.samples import save_samples
@@ -30,7 +32,8 @@ def train(config: Config) -> None:
     """Run every stage of `config` and report at the end."""
     transformers_logging.disable_progress_bar()  # a bar per file would break the one line per step
     launched = "WORLD_SIZE" in os.environ
-    ranks = distributed.start(threads=config.threads, process_group=launched or config.deepspeed.zero_stage > 0)
+    engine = engine_name(config.deepspeed, launched=launched)
+    ranks = distributed.start(threads=config.threads, process_group=engine == "deepspeed")
     try:
         Run(config, ranks, launched=launched).train()
     finally:
@@ -51,9 +54,10 @@ class Run:
             if stage.task != "merge":
                 stage_prompts(config, name, stage, self.data)[1].for_rank(1, ranks.rank, ranks.world_size)
         self.captioner = self._captioner()
-        RewardSuite(config.rewards, self.start_policy)  # looks up the rewards that are named
+        self._check_captions(RewardSuite(config.rewards, self.start_policy))
         self.folder = RunFolder(config)
         self.checkpoint = self.folder.resume_from(config.resume)
+        self._check_checkpoint()
         steps = {name: 0 if stage.task == "merge" else stage.steps for name, stage in config.stages.items()}
         self.telemetry = Telemetry(self.folder.path, config.logging, steps, ranks.is_main)
         self.scores: list[dict] = []
@@ -64,8 +68,11 @@ class Run:
             if not self.scores:
                 self._evaluate("start", self.start_policy)
             self.start_policy = None
+            finished = self._finished_stages()
             for name, stage in self.config.stages.items():
-                if self.config.resume and self.folder.export(name).exists():
+                if name in finished:
+                    if not any(entry["stage"] == name for entry in self.scores):
+                        self._evaluate(name, self._load(name))
                     continue
                 policy = self._merge(stage) if stage.task == "merge" else self._train_stage(name, stage)
                 if self.ranks.is_main:
@@ -140,8 +147,7 @@ class Run:
             stage=trainer.name,
             step=step,
             global_step=self.telemetry.global_step(trainer.name, step),
-            world_size=self.ranks.world_size,
-            zero_stage=self.config.deepspeed.zero_stage,
+            **self._engine_facts(),
         )
         self.folder.save(
             position,
@@ -169,6 +175,46 @@ class Run:
             question_template=self.config.data.question_template,
             gradient_checkpointing=model.gradient_checkpointing,
         )
+
+    def _engine_facts(self) -> dict[str, Any]:
+        """What a checkpoint's optimizer state depends on."""
+        return {
+            "world_size": self.ranks.world_size,
+            "engine": engine_name(self.config.deepspeed, launched=self.launched),
+            "zero_stage": self.config.deepspeed.zero_stage,
+        }
+
+    def _check_checkpoint(self) -> None:
+        if self.checkpoint is None:
+            return
+        folder, position = self.checkpoint
+        if position.stage not in self.config.stages:
+            raise UserError(f"resume: {folder} is of stage {position.stage!r}, which this configuration does not have")
+        for name, here in self._engine_facts().items():
+            there = getattr(position, name)
+            if there != here:
+                raise UserError(f"resume: {folder} was written with {name} {there}, this run has {name} {here}")
+
+    def _finished_stages(self) -> list[str]:
+        """The stages that a resumed run does not train again: those before the one it goes back to."""
+        if self.config.resume is None:
+            return []
+        order = list(self.config.stages)
+        if self.config.resume != "auto":
+            return order[: order.index(self.checkpoint[1].stage)]
+        exported = [self.folder.export(name).exists() for name in order]
+        return order[: exported.index(False) if False in exported else len(order)]
+
+    def _check_captions(self, rewards: RewardSuite) -> None:
+        """A caption without scene-graph tuples could never be scored."""
+        if self.captioner is None:
+            return
+        for index, caption in enumerate(self.data.rows.column("prompt")):
+            if not rewards.parse(caption):
+                raise UserError(
+                    f"{self.data.rows.source}: row {index}: rewards.caption_tuples "
+                    f"({self.config.rewards.caption_tuples}) finds nothing in the caption {caption[:60]!r}"
+                )
 
     def _captioner(self) -> BlipCaptioner | None:
         if not any(TASKS[stage.task][0] for stage in self.config.stages.values() if stage.task != "merge"):
@@ -223,11 +269,22 @@ class Run:
             if note:
                 self.telemetry.note(note)
             if resume:
-                order = list(self.config.stages)
-                done = self.checkpoint[1] if self.checkpoint else None
-                self.telemetry.truncate_after(order, done.stage if done else order[0], done.step if done else 0)
+                self._go_back()
         self.ranks.barrier()
         scores = self.folder.path / "scores.json"
         if resume and scores.exists():
             self.scores = json.loads(scores.read_text())
         self.ranks.barrier()
+
+    def _go_back(self) -> None:
+        """Forget what was logged after the point the run continues from."""
+        order, finished = list(self.config.stages), self._finished_stages()
+        remaining = order[len(finished) :]
+        stage, step = order[0], 0
+        if finished:
+            stage, step = finished[-1], self.config.stages[finished[-1]].steps
+        if self.checkpoint and self.checkpoint[1].stage in remaining[:1]:
+            position = self.checkpoint[1]
+            stage, step = position.stage, position.step
+            self.folder.abandon_after(position.global_step, remaining)
+        self.telemetry.truncate_after(order, stage, step)

@@ -1,7 +1,6 @@
 """The training loop of one stage: rollout -> score -> advantages -> pack -> (reference) -> update."""
 
 import math
-from pathlib import Path
 
 from fastcorl.algorithm import (
     CoRLObjective,
@@ -109,14 +108,14 @@ class Trainer:
             loss, losses = self.engine.forward(batch, totals)
             self.engine.backward(loss, last=index + 1 == len(batches))
             total += float(loss.detach())
-            metrics.add(batch, losses)
+            metrics.add(batch, losses, on_policy=keep_old)
             if keep_old and self.config.algorithm.num_iterations > 1:
                 for modality, result in losses.items():
                     getattr(batch, modality).old_log_probs = result.log_probs
         # Every rank must see the same verdict before any of them updates.
         (bad,) = self.ranks.reduce([float(not math.isfinite(total))], "max")
         if bad:
-            raise FloatingPointError(f"{self.name} step {step}: the loss is not finite; weights are as before the step")
+            raise FloatingPointError(f"{self.name} step {step}: the loss is not finite; it was not applied")
         metrics.add_update(total, self.engine.step(rate), rate)
 
     def _modalities(self, step: int) -> tuple[bool, bool]:
@@ -142,9 +141,6 @@ class Trainer:
         for batch in batches:
             for modality, log_probs in packed_log_probs(self.reference, batch, self.options).items():
                 getattr(batch, modality).ref_log_probs = log_probs
-
-    def save(self, folder: Path) -> None:
-        self.engine.save(folder)
 
 
 def objective_options(config: Config, stage: StageConfig, num_image_tokens: int) -> ObjectiveOptions:

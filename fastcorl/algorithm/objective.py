@@ -66,11 +66,19 @@ class CoRLObjective(nn.Module):
         self.options = options
 
     def forward(self, batch: PackedBatch, totals: StepTotals) -> tuple[torch.Tensor, dict[Modality, GRPOLoss]]:
+        hidden = self.policy.hidden_states(batch)
         losses = {
-            modality: self._loss(modality, rows, hidden, weight, bias, totals)
-            for modality, rows, hidden, weight, bias in head_inputs(self.policy, batch, self.options)
+            modality: self._loss(modality, rows, inputs, weight, bias, totals)
+            for modality, rows, inputs, weight, bias in head_inputs(self.policy, hidden, batch, self.options)
         }
-        return sum(loss.loss for loss in losses.values()), losses
+        loss = sum(result.loss for result in losses.values())
+        # Ranks must run the same modules in the same micro-batch, whichever modality their packs happen to hold: ZeRO
+        # gathers weights and reduces gradients module by module.
+        if batch.image is None and totals.tokens["image"]:
+            loss = loss + 0 * self.policy.image_head_input(hidden[:1]).sum()
+        if batch.text is None and totals.tokens["text"]:
+            loss = loss + 0 * self.policy.text_head.weight.sum()
+        return loss, losses
 
     def _loss(
         self,
@@ -107,13 +115,12 @@ class CoRLObjective(nn.Module):
         )
 
 
-def head_inputs(policy: PackedModel, batch: PackedBatch, options: ObjectiveOptions):
-    """Yields (modality, rows, (R, hidden) head inputs, head weight, head bias) of a micro-batch.
+def head_inputs(policy: PackedModel, hidden: torch.Tensor, batch: PackedBatch, options: ObjectiveOptions):
+    """Yields (modality, rows, (R, hidden) head inputs, head weight, head bias) of a micro-batch's hidden states.
 
     Guidance is linear in logits and the last layer of the image head is linear, so guided logits come from a guided
     head input: no second logits tensor, no second product with the head.
     """
-    hidden = policy.hidden_states(batch)
     if batch.image is not None:
         rows = batch.image
         inputs = policy.image_head_input(hidden.index_select(0, rows.positions))
@@ -121,7 +128,8 @@ def head_inputs(policy: PackedModel, batch: PackedBatch, options: ObjectiveOptio
             uncond = policy.image_head_input(hidden.index_select(0, rows.uncond_positions))
             if options.policy_logits == "cfg_detach_uncond":
                 uncond = uncond.detach()
-            inputs = uncond + options.guidance * (inputs - uncond)
+            # In float32: guidance multiplies rounding errors.
+            inputs = uncond.float() + options.guidance * (inputs.float() - uncond.float())
         yield "image", rows, inputs, policy.image_head.weight, policy.image_head.bias
     if batch.text is not None:
         inputs = hidden.index_select(0, batch.text.positions)
@@ -135,5 +143,5 @@ def packed_log_probs(
     """Teacher-forced log-probs (R,) float32 of a micro-batch's sampled tokens, by modality."""
     return {
         modality: linear_selective_log_softmax(hidden, weight, rows.targets, bias=bias, temperature=options.temperature)
-        for modality, rows, hidden, weight, bias in head_inputs(policy, batch, options)
+        for modality, rows, hidden, weight, bias in head_inputs(policy, policy.hidden_states(batch), batch, options)
     }

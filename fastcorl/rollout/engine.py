@@ -13,7 +13,7 @@ from fastcorl.model import CachedAttention, PackedAttention, Policy, pack_prompt
 from fastcorl.records import ImageSamples, Prompt, Rollout, TextSamples
 from fastcorl.rollout.sampling import row_seed, sample
 
-DECODE_IMAGES_AT_ONCE = 128
+DECODE_PIXELS_AT_ONCE = 16 * 384**2
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,8 @@ class RolloutEngine:
         return tokens, (~texts.finished[active]).nonzero().squeeze(-1)
 
     def _image_samples(self, images: _Images) -> ImageSamples:
-        pixels = [self.policy.decode_images(part) for part in images.tokens.split(DECODE_IMAGES_AT_ONCE)]
+        at_once = max(1, DECODE_PIXELS_AT_ONCE // self.policy.image_size**2)
+        pixels = [self.policy.decode_images(part) for part in images.tokens.split(at_once)]
         return ImageSamples(
             tokens=images.tokens,
             log_probs=images.log_probs,

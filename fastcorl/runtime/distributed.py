@@ -1,6 +1,7 @@
 """Ranks, devices and the few collectives a step needs. One process without a launcher is a world of one."""
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -43,12 +44,13 @@ class Distributed:
 def start(*, threads: int, process_group: bool) -> Distributed:
     """Join the launcher's process group, if any, and choose device and thread count.
 
-    Args: `threads` per rank, 0 to share the cores out among local ranks; `process_group` asks for a process group
-    even in a world of one, as DeepSpeed's ZeRO needs.
+    Args: `threads` per rank on CPU, 0 to share the cores out among local ranks; `process_group` asks for a process
+    group even in a world of one, as DeepSpeed needs.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    # torchrun and DeepSpeed's launcher name it differently.
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -56,7 +58,12 @@ def start(*, threads: int, process_group: bool) -> Distributed:
         device = torch.device("cpu")
         torch.set_num_threads(threads or max(1, _usable_cores() // local_world_size))
     if (world_size > 1 or process_group) and not dist.is_initialized():
-        for key, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        for key, value in {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+        }.items():
             os.environ.setdefault(key, value)
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
@@ -66,6 +73,12 @@ def start(*, threads: int, process_group: bool) -> Distributed:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _usable_cores() -> int:

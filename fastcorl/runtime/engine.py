@@ -1,7 +1,6 @@
 """Backward, gradient accumulation and optimizer step: DeepSpeed under a launcher, plain torch in a single process."""
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,11 +41,25 @@ def learning_rate_at(step: int, total_steps: int, peak: float, config: Optimizer
     return peak * (1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def engine_name(deepspeed: DeepSpeedConfig, *, launched: bool) -> str:
+    """Which engine drives the run: "deepspeed" under a launcher or when it is configured, "plain" otherwise.
+
+    Raises UserError when DeepSpeed is needed and does not import.
+    """
+    if not launched and not deepspeed.wanted:
+        return "plain"
+    try:
+        import deepspeed as _  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"deepspeed is needed for a launcher, ZeRO or deepspeed.config: {error}") from error
+    return "deepspeed"
+
+
 def make_engine(
     module: nn.Module, optimizer: OptimizerConfig, deepspeed: DeepSpeedConfig, ranks: Distributed, *, launched: bool
 ) -> TrainEngine:
     """DeepSpeed when a launcher started us or ZeRO is asked for, plain torch otherwise."""
-    if launched or deepspeed.zero_stage > 0 or ranks.world_size > 1:
+    if engine_name(deepspeed, launched=launched) == "deepspeed":
         return _DeepSpeedEngine(module, optimizer, deepspeed, ranks)
     return _PlainEngine(module, optimizer)
 
@@ -79,13 +92,19 @@ class _PlainEngine:
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
-
-    def step(self, learning_rate: float) -> float:
         for weight, master in zip(self.weights, self.masters, strict=True):
             if master is not weight and weight.grad is not None:
-                master.grad = weight.grad.float()
+                gradient = weight.grad.float()
+                master.grad = gradient if master.grad is None else master.grad + gradient
                 weight.grad = None
+
+    def step(self, learning_rate: float) -> float:
+        for master in self.masters:
+            # A head that a stage does not use: AdamW then keeps the same state for it as DeepSpeed does.
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
         norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
+        _check_norm(norm, "weights are as before the step")
         _set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -130,10 +149,8 @@ class _DeepSpeedEngine:
     """ZeRO 0 to 3. Accumulation boundaries are set by hand, since packing decides how many micro-batches a step has."""
 
     def __init__(self, module: nn.Module, config: OptimizerConfig, deepspeed: DeepSpeedConfig, ranks: Distributed):
-        try:
-            import deepspeed as ds
-        except ImportError as error:
-            raise UserError(f"deepspeed is needed for several ranks or ZeRO, and does not import: {error}") from error
+        import deepspeed as ds
+
         ds.logger.setLevel("WARNING")
         self.ds = ds
         self.zero_stage = deepspeed.zero_stage
@@ -166,9 +183,13 @@ class _DeepSpeedEngine:
         # Without ZeRO DeepSpeed clips through torch and keeps no norm; the gradients are whole and reduced by now.
         gradients = [parameter.grad for parameter in _trained(self.module) if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients) if self.zero_stage == 0 and gradients else None
+        if norm is not None:
+            _check_norm(norm, "weights are as before the step")
         self.engine.step()
         kept = self.engine.get_global_grad_norm()
-        return float(norm if kept is None else kept)
+        norm = norm if kept is None else kept
+        _check_norm(norm, "weights are spoilt: resume from a checkpoint")
+        return float(norm)
 
     def full_policy(self) -> nn.Module:
         if self.shadow is None:
@@ -184,11 +205,18 @@ class _DeepSpeedEngine:
         self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
 
     def load(self, folder: Path) -> None:
-        self.engine.load_checkpoint(str(folder), tag="deepspeed", load_lr_scheduler_states=False)
+        path, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed", load_lr_scheduler_states=False)
+        if path is None:
+            raise UserError(f"resume: {folder} holds no DeepSpeed state")
 
     def close(self) -> None:
         self.engine.destroy()
         self.engine = self.optimizer = self.shadow = None
+
+
+def _check_norm(norm: torch.Tensor | float, state: str) -> None:
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient norm is {float(norm)}; {state}")
 
 
 def _set_learning_rate(optimizer: Any, learning_rate: float) -> None:
@@ -199,12 +227,7 @@ def _set_learning_rate(optimizer: Any, learning_rate: float) -> None:
 def _deepspeed_json(
     config: DeepSpeedConfig, optimizer: OptimizerConfig, ranks: Distributed, dtype: torch.dtype
 ) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    if config.config:
-        try:
-            settings = json.loads(Path(config.config).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"deepspeed.config: cannot read {config.config!r}: {error}") from error
+    settings = config.settings()
     settings.setdefault("zero_optimization", {})["stage"] = config.zero_stage
     settings |= {
         "train_micro_batch_size_per_gpu": 1,

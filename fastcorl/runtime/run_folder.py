@@ -28,6 +28,7 @@ class Position:
     step: int
     global_step: int
     world_size: int
+    engine: str  # "plain" or "deepspeed"
     zero_stage: int
 
 
@@ -68,6 +69,14 @@ class RunFolder:
             return folder, read_position(folder)
         complete = [folder for folder in self._steps() if (folder / MANIFEST).is_file()]
         return (complete[-1], read_position(complete[-1])) if complete else None
+
+    def abandon_after(self, global_step: int, stages: list[str]) -> None:
+        """Move aside what a run going back to `global_step` leaves behind: later checkpoints, exports of `stages`."""
+        later = [folder for folder in self._steps() if int(folder.name.split("-")[1]) > global_step]
+        for folder in [*later, *(self.export(stage) for stage in stages if self.export(stage).exists())]:
+            aside = folder.with_name(f"abandoned-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
 
     def _steps(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step-*"), key=lambda folder: int(folder.name.split("-")[1]))

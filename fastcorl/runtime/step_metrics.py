@@ -36,8 +36,8 @@ class StepMetrics:
             self._add("answer_tokens", float(rollout.texts.lengths.sum()), rollout.num_rows)
             self._add("unfinished", float((~rollout.texts.finished).sum()), rollout.num_rows)
 
-    def add(self, batch: PackedBatch, losses: dict) -> None:
-        """Figures of one micro-batch: `losses` are its GRPOLoss by modality."""
+    def add(self, batch: PackedBatch, losses: dict, *, on_policy: bool) -> None:
+        """Figures of one micro-batch: `losses` are its GRPOLoss by modality; `on_policy` before the first update."""
         for modality, result in losses.items():
             rows = getattr(batch, modality)
             count = len(rows.targets)
@@ -48,9 +48,10 @@ class StepMetrics:
             self._largest[f"{modality}_ratio_max"] = max(
                 self._largest.get(f"{modality}_ratio_max", 0.0), float(result.ratio_max)
             )
-            # How far the trained distribution is from the one that was sampled; 0 up to rounding when all is right.
-            gap = (result.log_probs - rows.sampled_log_probs).abs()
-            self._add(f"{modality}_mismatch", float(gap.sum()), count)
+            if on_policy:
+                # How far the trained distribution is from the sampled one; 0 up to rounding when all is right.
+                gap = (result.log_probs - rows.sampled_log_probs).abs()
+                self._add(f"{modality}_mismatch", float(gap.sum()), count)
 
     def add_update(self, loss: float, grad_norm: float, learning_rate: float) -> None:
         self._loss, self._grad_norm, self._learning_rate = loss, grad_norm, learning_rate
@@ -67,7 +68,8 @@ class StepMetrics:
             for i, name in enumerate(names)
         }
         (loss,) = ranks.reduce([self._loss], "mean")
-        largest = dict(zip(self._largest, ranks.reduce(list(self._largest.values()), "max"), strict=True))
+        order = sorted(self._largest)
+        largest = dict(zip(order, ranks.reduce([self._largest[name] for name in order], "max"), strict=True))
         kl = [means.pop(name) for name in ("image_kl", "text_kl") if name in means]
         metrics = {"loss": loss, **({"kl": sum(kl) / len(kl)} if kl else {})}
         metrics |= {name: value for name, value in means.items() if not name.startswith("reward/")} | largest

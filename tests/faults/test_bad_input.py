@@ -49,7 +49,8 @@ def attempt(tmp_path, monkeypatch, capsys):
 
 
 def rows_with(bad):
-    return [row() for _ in range(8)] + [bad] + [row(qa_type="MC")]
+    """Enough good rows of both types, with the bad one as row 8."""
+    return [row() for _ in range(8)] + [bad] + [row(qa_type="MC") for _ in range(8)]
 
 
 def without(name):
@@ -137,3 +138,18 @@ def test_batch_that_does_not_divide(attempt, monkeypatch):
     monkeypatch.setattr(distributed, "start", as_first_of_two)
     line = attempt(None, "--stages.unified.prompts_per_step=7")
     assert "stages.unified.prompts_per_step 7 does not divide by 2 ranks" in line
+
+
+def test_a_caption_that_the_parser_cannot_read(attempt):
+    line = attempt(rows_with(row(prompt="a photo of a cat")))
+    assert "row 8" in line
+    assert "rewards.caption_tuples" in line
+
+
+def test_a_deepspeed_file_that_disagrees(attempt):
+    line = attempt(None, "--deepspeed.config=configs/deepspeed/zero3.json", "--deepspeed.zero_stage=1")
+    assert "zero_stage" in line
+
+
+def test_a_missing_deepspeed_file(attempt):
+    assert "nowhere.json" in attempt(None, "--deepspeed.config=nowhere.json")

@@ -254,8 +254,8 @@ class Config(Section):
             raise ValueError("stages: must name at least one stage")
         earlier: list[str] = ["model"]
         for name, stage in self.stages.items():
-            if name == "model" or not re.fullmatch(r"[\w-]+", name):
-                raise ValueError(f"stages.{name}: a stage's name has letters, digits, _ and -, and is not 'model'")
+            if name == "model" or not re.fullmatch(r"\w+", name):
+                raise ValueError(f"stages.{name}: a stage's name has letters, digits and _, and is not 'model'")
             for source in [stage.init, *stage.merge]:
                 if source not in earlier:
                     raise ValueError(f"stages.{name}: {source!r} is not an earlier stage (one of {', '.join(earlier)})")

@@ -1,18 +1,22 @@
 """From a YAML file and command-line overrides to a `Config`. Imports no torch, so that mistakes show at once.
 
 The file may name another with `extends: other.yaml`, relative to itself; mappings are merged, all else is replaced.
-Both sources are put together first and validated once, so a mistake reads the same wherever it was made.
+tyro reads the command line as text; both sources are put together first and validated once, so a mistake reads the
+same wherever it was made.
 """
 
+import io
 import os
+import re
 import sys
-import types
-import typing
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, MutableMapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Annotated, Any, TypedDict, get_args, get_origin
 
+import tyro
 import yaml
 from pydantic import ValidationError
 
@@ -21,77 +25,55 @@ from fastcorl.config_messages import Sources, describe, nearest
 from fastcorl.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-NULLS = ("None", "null")
 
 
 def load_config(argv: Sequence[str]) -> Config:
     """The validated configuration that `argv` (without the program's name) asks for; raises UserError."""
-    config_path, wants_help, flags = _split(_without_local_rank(list(argv)))
-    sources = Sources(files=_read_chain(config_path or _default_path()))
+    launch, rest = _parse(_Launch, argv)
+    sources = Sources(files=_read_chain(str(launch.config)))
     merged: dict[str, Any] = {}
     for _, mapping in reversed(sources.files):
         merged = _merge(merged, mapping)
-    _apply_overrides(merged, flags, sources)
+    for name, value in _overrides(rest, merged).items():
+        path = tuple(name.split("."))
+        sources.flags[path] = f"--{name}"
+        for key in reversed(path):
+            value = {key: value}
+        merged = _merge(merged, value)
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
         raise UserError(describe(error, sources)) from None
-    if wants_help:
+    if launch.help:
         _print_help(config)
     return config
 
 
-def _without_local_rank(argv: list[str]) -> list[str]:
-    """Drop the argument that the deepspeed and torch launchers add; ranks come from the environment."""
-    kept: list[str] = []
-    skip = False
-    for token in argv:
-        name = token.partition("=")[0].replace("-", "_")
-        if skip:
-            skip = False
-        elif name == "__local_rank":
-            skip = "=" not in token
-        else:
-            kept.append(token)
-    return kept
-
-
-def _is_flag(token: str) -> bool:
-    """Negative numbers are values."""
-    return token.startswith("--") or (len(token) > 1 and token[0] == "-" and token[1].isalpha())
-
-
-def _split(argv: list[str]) -> tuple[str | None, bool, list[tuple[str, list[str]]]]:
-    """The configuration file, whether help is wanted, and every other flag with its values, in order."""
-    config_path: str | None = None
-    wants_help = False
-    flags: list[tuple[str, list[str]]] = []
-    position = 0
-    while position < len(argv):
-        token = argv[position]
-        position += 1
-        if not _is_flag(token):
-            raise UserError(f"unexpected argument {token!r}; options look like --section.key value")
-        name, has_value, value = token.partition("=")
-        values = [value] if has_value else []
-        while not has_value and position < len(argv) and not _is_flag(argv[position]):
-            values.append(argv[position])
-            position += 1
-        if name in ("-h", "--help"):
-            wants_help = True
-        elif name == "--config":
-            if len(values) != 1 or not values[0]:
-                raise UserError("--config: needs one file")
-            config_path = values[0]
-        else:
-            flags.append((name, values))
-    return config_path, wants_help, flags
-
-
-def _default_path() -> str:
+def _default_path() -> Path:
     path = REPOSITORY / "configs" / "quickstart.yaml"
     here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+@dataclass
+class _Launch:
+    """What the command line holds besides the configuration's keys."""
+
+    config: Path = field(default_factory=_default_path)
+    local_rank: str = ""
+    """Added by the deepspeed and torch launchers; ranks come from the environment."""
+    help: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=["-h"])] = False
+
+
+def _parse(kind: Any, argv: Sequence[str]) -> tuple[Any, list[str]]:
+    """`kind` as tyro reads it from `argv`, and the arguments it does not know; raises UserError."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed), redirect_stderr(printed):
+            return tyro.cli(kind, args=argv, use_underscores=True, add_help=False, return_unknown_args=True)
+    except SystemExit:
+        # tyro prints a title, what is wrong and perhaps the option's help, with rules of hyphens between them.
+        raise UserError(re.sub("(?s)^.*?-{4,}|-{4,}.*", "", printed.getvalue()).strip()) from None
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -162,94 +144,60 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-@dataclass(frozen=True)
-class _Option:
-    """A key that a flag can set. `kind` is scalar, list or dict."""
-
-    path: tuple[str, ...]
-    kind: str
-    nullable: bool
-
-
-def _shape(annotation: Any) -> tuple[str, bool]:
-    """(kind, nullable) of a field's type."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        inner = [argument for argument in arguments if argument is not type(None)]
-        return _shape(inner[0])[0], len(inner) < len(arguments)
-    if origin in (list, tuple):
-        return "list", False
-    return ("dict" if origin is dict else "scalar"), False
+def _overrides(argv: Sequence[str], mapping: dict[str, Any]) -> dict[str, Any]:
+    """The value of every option given, by its dotted name; raises UserError for one that does not exist."""
+    options = _options(Config, mapping)
+    given, unknown = _parse(TypedDict("Overrides", options, total=False), argv)
+    if unknown:
+        raise UserError(_unknown(unknown[0], options))
+    return given
 
 
-def _options(model: type[Section], mapping: Any, prefix: tuple[str, ...] = ()) -> dict[str, _Option]:
-    """Every option by its dotted name; keys of a dict of sections come from `mapping`."""
-    options: dict[str, _Option] = {}
-    for name, field in model.model_fields.items():
-        annotation, path = field.annotation, (*prefix, name)
-        value = mapping.get(name) if isinstance(mapping, dict) else None
-        arguments = typing.get_args(annotation)
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            options |= _options(annotation, value, path)
-        elif arguments and isinstance(arguments[-1], type) and issubclass(arguments[-1], Section):
-            for key in value if isinstance(value, dict) else ():
-                options |= _options(arguments[-1], value[key], (*path, str(key)))
-        else:
-            options[".".join(path)] = _Option(path, *_shape(annotation))
+def _options(annotation: Any, value: Any, name: str = "") -> dict[str, Any]:
+    """Every option below `name` and the type tyro reads for it; `value` has the keys of a dict of sections."""
+    mapping = value if isinstance(value, dict) else {}
+    inner = get_args(annotation)[-1:]
+    if _is_section(annotation):
+        children = {key: info.annotation for key, info in annotation.model_fields.items()}
+    elif inner and _is_section(inner[0]):
+        # Other names are for validation to refuse; tyro takes a-b and a_b for one.
+        children = dict.fromkeys(filter(re.compile(r"\w+").fullmatch, mapping), inner[0])
+    else:
+        return {name: _as_text(annotation)}
+    options: dict[str, Any] = {}
+    for key, child in children.items():
+        options |= _options(child, mapping.get(key), f"{name}.{key}" if name else key)
     return options
 
 
-def _find(name: str, options: dict[str, _Option]) -> _Option:
-    """The option a flag names, hyphens and underscores alike; raises UserError with the nearest one."""
-    dotted = name.lstrip("-")
-    for key in (dotted, dotted.replace("-", "_")):
-        if key in options:
-            return options[key]
-        for option_name, option in options.items():
-            if option_name.replace("-", "_") == key:
-                return option
-            if option.kind == "dict" and key.startswith(option_name + "."):
-                return _Option((*option.path, key[len(option_name) + 1 :]), "scalar", False)
-    if any(option_name.startswith(dotted + ".") for option_name in options):
-        raise UserError(f"{name}: is a section; set one of its keys, as in {name}.key value")
-    same_key = [key for key in options if key.count(".") == 1 and key.rpartition(".")[2] == dotted.replace("-", "_")]
-    hint = f", did you mean '--{same_key[0]}'?" if same_key else nearest(dotted, options, shown="--{}")
-    hint = hint or "; --help lists all"
-    raise UserError(f"{name}: unknown option{hint}")
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def _apply_overrides(merged: dict[str, Any], flags: list[tuple[str, list[str]]], sources: Sources) -> None:
-    """Put the flags' values into `merged` as text, which validation turns into numbers."""
-    options = _options(Config, merged)
-    for name, values in flags:
-        option = _find(name, options)
-        text = " ".join([name, *values])
-        if option.kind == "scalar":
-            if not values:
-                raise UserError(f"{name}: needs a value")
-            if len(values) > 1:
-                raise UserError(f"{text}: takes one value, got {len(values)}")
-            value: Any = None if option.nullable and values[0] in NULLS else values[0]
-        elif option.kind == "dict":
-            if len(values) % 2:
-                raise UserError(f"{text}: takes pairs of a key and a value")
-            value = dict(zip(values[::2], values[1::2], strict=True))
-        else:
-            value = values
-        node: Any = merged
-        for key in option.path[:-1]:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
-                break  # validation reports the file's mistake
-        else:
-            node[option.path[-1]] = value
-        sources.flags[option.path] = text
+def _as_text(annotation: Any) -> Any:
+    """Text in the shape of `annotation`; validation makes numbers of it."""
+    if get_origin(annotation) in (list, tuple):
+        return list[str]
+    if get_origin(annotation) is dict:
+        return MutableMapping[str, str]  # tyro cannot leave out a `dict`
+    return str | None if NoneType in get_args(annotation) else str
+
+
+def _unknown(argument: str, options: Iterable[str]) -> str:
+    """What is wrong with an argument that tyro does not know, with the nearest option."""
+    flag = argument.partition("=")[0]
+    if not flag.startswith("--"):
+        return f"unexpected argument {argument!r}; options look like --section.key value"
+    name = flag[2:].replace("-", "_")
+    if any(option.startswith(f"{name}.") for option in options):
+        return f"{flag}: is a section; set one of its keys, as in {flag}.key value"
+    same_key = [f", did you mean '--{option}'?" for option in options if option.endswith(f".{name}")]
+    hint = same_key[0] if same_key else nearest(name, options, shown="--{}")
+    return f"{flag}: unknown option{hint or '; --help lists all'}"
 
 
 def _print_help(config: Config) -> None:
     """Print every option with its current value, and exit."""
-    import tyro
-
     try:
         tyro.cli(
             Config,

@@ -36,7 +36,7 @@ _BY_PREFIX = {
 
 @dataclass
 class Sources:
-    """Where values came from: files nearest first, and flags as typed, by path."""
+    """Where values came from: files nearest first, and flags by path."""
 
     files: list[tuple[str, dict[str, Any]]]
     flags: dict[Path, str] = field(default_factory=dict)
@@ -82,12 +82,10 @@ def _describe_one(item: Any, sources: Sources) -> str:
         # Checks across the whole configuration put the path into their text.
         dotted, _, message = message.partition(": ")
         path = tuple(dotted.split("."))
-    flag = sources.flag_for(path)
-    if flag is not None:
-        return f"{flag}: {message}"
-    if item["type"] not in ("missing", "extra_forbidden", "value_error"):
+    if item["type"] not in ("missing", "extra_forbidden", "value_error", "literal_error"):
         message += f", got {_shown(item['input'])}"
-    return ": ".join([sources.file_for(path), *([".".join(map(str, path))] if path else []), message])
+    place = sources.flag_for(path) or ": ".join(filter(None, [sources.file_for(path), ".".join(map(str, path))]))
+    return f"{place}: {message}"
 
 
 def _shown(value: Any) -> str:
@@ -104,7 +102,8 @@ def _message(item: Any, path: Path) -> str:
     if kind == "value_error":
         return str(context["error"])
     if kind == "literal_error":
-        return f"must be one of {context['expected']}" + nearest(str(item["input"]), _literals(context["expected"]))
+        hint = nearest(str(item["input"]), _literals(context["expected"]))
+        return f"must be one of {context['expected']}, got {_shown(item['input'])}{hint}"
     if kind == "missing" and isinstance(path[-1], int):
         return f"needs more than {path[-1]} values"
     if kind in _WORDS:

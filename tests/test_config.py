@@ -54,8 +54,7 @@ def test_quickstart_is_the_default():
         (["--optimizer.betas", "0.8", "0.9"], lambda c: c.optimizer.betas, (0.8, 0.9)),
         (["--stages.merge.merge", "oe", "mc"], lambda c: c.stages["merge"].merge, ["oe", "mc"]),
         (["--data.columns", "prompt", "text"], lambda c: c.data.columns, {"prompt": "text"}),
-        (["--data.columns.prompt", "text"], lambda c: c.data.columns, {"prompt": "text"}),
-        (["--rewards.extra.my.module:fun", "0.5"], lambda c: c.rewards.extra, {"my.module:fun": 0.5}),
+        (["--rewards.extra", "my.module:fun", "0.5"], lambda c: c.rewards.extra, {"my.module:fun": 0.5}),
         (["--seed", "1", "--seed", "2"], lambda c: c.seed, 2),
         (["--local_rank=0", "--seed", "3"], lambda c: c.seed, 3),
         (["--local_rank", "1", "--seed", "3"], lambda c: c.seed, 3),
@@ -81,31 +80,39 @@ def test_yaml_aliases_do_not_share_overrides(tmp_path):
     assert (config.stages["a"].steps, config.stages["b"].steps) == (9, 100)
 
 
+def test_flags_go_over_the_files_values_before_anything_is_validated(tmp_path):
+    path = write(tmp_path, STAGE + "algorithm:\n  eps_low: 0.1\ndata:\n  columns:\n    prompt: text\n")
+    config = load_config(["--config", path, "--algorithm.eps_high", "0.2", "--data.columns", "real_image", "picture"])
+    assert config.algorithm.eps_high == 0.2
+    assert config.data.columns == {"prompt": "text", "real_image": "picture"}
+
+
 FLAG_MISTAKES = [
-    (["--algorithm.group_size", "1"], "--algorithm.group_size 1: must be at least 2"),
+    (["--algorithm.group_size", "1"], "--algorithm.group_size: must be at least 2, got '1'"),
     (["--optimizer.learning_rat", "1"], "unknown option, did you mean '--optimizer.learning_rate'?"),
     (["--learning_rate", "1"], "--learning_rate: unknown option, did you mean '--optimizer.learning_rate'?"),
+    (["--keep=1"], "--keep: unknown option, did you mean '--checkpoint.keep'?"),
     (["--xyzzy", "1"], "--xyzzy: unknown option; --help lists all"),
     (["--stages.unifid.steps", "1"], "did you mean '--stages.unified.steps'?"),
-    (["--algorithm.group_size", "many"], "--algorithm.group_size many: must be a whole number"),
-    (["--algorithm.group_size", "2.5"], "--algorithm.group_size 2.5: must be a whole number"),
-    (["--algorithm.group_size", "None"], "--algorithm.group_size None: must be a whole number"),
-    (["--rollout.temperature", "nan"], "--rollout.temperature nan: must be a finite number"),
-    (["--logging.tensorboard", "maybe"], "--logging.tensorboard maybe: must be true or false"),
-    (["--model.dtype", "float23"], "did you mean 'float32'?"),
-    (["--seed"], "--seed: needs a value"),
-    (["--seed", "-5"], "--seed -5: must be at least 0"),
-    (["--seed", "1", "2"], "--seed 1 2: takes one value, got 2"),
+    (["--algorithm.group_size", "many"], "--algorithm.group_size: must be a whole number, got 'many'"),
+    (["--algorithm.group_size", "2.5"], "--algorithm.group_size: must be a whole number, got '2.5'"),
+    (["--algorithm.group_size", "None"], "--algorithm.group_size: must be a whole number, got 'None'"),
+    (["--rollout.temperature", "nan"], "--rollout.temperature: must be a finite number, got 'nan'"),
+    (["--logging.tensorboard", "maybe"], "--logging.tensorboard: must be true or false, got 'maybe'"),
+    (["--model.dtype", "float23"], "got 'float23', did you mean 'float32'?"),
+    (["--seed"], "Missing value for argument '--seed'"),
+    (["--seed", "-5"], "--seed: must be at least 0, got '-5'"),
+    (["--seed", "1", "2"], "unexpected argument '2'"),
     (["--optimizer", "1"], "--optimizer: is a section"),
-    (["--optimizer.betas", "0.9"], "--optimizer.betas 0.9: needs more than 1 values"),
-    (["--data.columns", "prompt"], "takes pairs of a key and a value"),
-    (["--data.columns.promt", "x"], "'promt' is none of our columns"),
+    (["--optimizer.betas", "0.9"], "--optimizer.betas: needs more than 1 values"),
+    (["--data.columns", "prompt"], "--data.columns: Failed to parse key-value pairs"),
+    (["--data.columns", "promt", "x"], "--data.columns: 'promt' is none of our columns"),
     (["--data.question_template", "{q} {question}"], "must have no braces but those of {question}"),
-    (["--algorithm.eps_low", "0.1"], "--algorithm.eps_low 0.1: eps_low and eps_high must be given together"),
-    (["--stages.mc.init", "unifid"], "--stages.mc.init unifid: 'unifid' is not an earlier stage"),
+    (["--algorithm.eps_low", "0.1"], "--algorithm.eps_low: eps_low and eps_high must be given together"),
+    (["--stages.mc.init", "unifid"], "--stages.mc.init: 'unifid' is not an earlier stage"),
     (["--name", "../x"], "must be the name of a folder"),
     (["--config", "no/such.yaml"], "no/such.yaml: no such file"),
-    (["--config"], "--config: needs one file"),
+    (["--config"], "Missing value for argument '--config'"),
     (["seed=1"], "unexpected argument 'seed=1'"),
 ]
 
@@ -186,7 +193,7 @@ def test_train_reports_in_one_line(form):
 
 def test_train_runs_from_another_folder(tmp_path):
     result = run(str(ROOT / "fastcorl" / "train.py"), "--seed", "x", folder=tmp_path)
-    assert (result.returncode, result.stderr) == (2, "fastcorl: --seed x: must be a whole number\n")
+    assert (result.returncode, result.stderr) == (2, "fastcorl: --seed: must be a whole number, got 'x'\n")
 
 
 def test_help_is_quick_and_lists_everything():

@@ -155,5 +155,5 @@ def _check_column_names(rows: Rows) -> None:
         if theirs not in first:
             raise UserError(
                 f"{rows.source}: no column {theirs!r} (found: {', '.join(map(str, first))}); "
-                f"name yours in data.columns, as in --data.columns.{ours} {next(iter(first), 'name')}"
+                f"name yours in data.columns, as in --data.columns {ours} {next(iter(first), 'name')}"
             )

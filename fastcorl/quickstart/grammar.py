@@ -36,11 +36,18 @@ class Item(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A question with its solution in CoT format; `kind` is "MC" or "OE"."""
+    """A question and its answer; `kind` is "MC" or "OE". Reasoning names what is seen, then what follows from it."""
 
     problem: str
-    solution: str
+    thought: str
+    conclusion: str  # in words; also where `answer` is a letter
+    answer: str
     kind: str
+
+    @property
+    def solution(self) -> str:
+        """The solution in CoT format."""
+        return f"<think>{self.thought}, so {self.conclusion}</think><answer>{self.answer}</answer>"
 
 
 def caption(items: tuple[Item, ...]) -> str:
@@ -74,7 +81,7 @@ def scene_tuples(text: str) -> set[tuple[str, ...]]:
 def ask(items: tuple[Item, ...], rng: random.Random, kind: str) -> Question:
     """A question about the scene, drawn by `rng`: which digit, which colour, where, or how many.
 
-    The reasoning part of the solution names the item (or all of them, for a count) before the answer.
+    The reasoning names the item, or all of them for a count.
     """
     item = rng.choice(items)
     topics = ["digit", "colour", "count"]
@@ -83,16 +90,17 @@ def ask(items: tuple[Item, ...], rng: random.Random, kind: str) -> Question:
     topic = rng.choice(topics)
     thought = caption(items) if topic == "count" else item.describe()
     if topic == "digit":
-        problem, answer, pool = f"what digit is at {CELLS[item.cell]}?", DIGITS[item.digit], DIGITS
+        problem, conclusion, pool = f"what digit is at {CELLS[item.cell]}?", DIGITS[item.digit], DIGITS
     elif topic == "colour":
-        problem, answer, pool = f"what colour is the digit at {CELLS[item.cell]}?", item.colour, tuple(COLOURS)
+        problem, conclusion, pool = f"what colour is the digit at {CELLS[item.cell]}?", item.colour, tuple(COLOURS)
     elif topic == "cell":
-        problem, answer, pool = f"where is the {item.colour} digit?", CELLS[item.cell], CELLS
+        problem, conclusion, pool = f"where is the {item.colour} digit?", CELLS[item.cell], CELLS
     else:
-        problem, answer, pool = "how many digits are there?", COUNTS[len(items)], COUNTS[1:]
+        problem, conclusion, pool = "how many digits are there?", COUNTS[len(items)], COUNTS[1:]
+    answer = conclusion
     if kind == "MC":
         options = [answer, *rng.sample([other for other in pool if other != answer], len(LETTERS) - 1)]
         rng.shuffle(options)
         problem += "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True))
         answer = LETTERS[options.index(answer)]
-    return Question(problem, f"<think>{thought}</think><answer>{answer}</answer>", kind)
+    return Question(problem, thought, conclusion, answer, kind)

@@ -94,7 +94,7 @@ def test_json_with_images_beside_it(kind, tmp_path):
         ("list.jsonl", "row 0: must be a mapping"),
         ("mapping.json", "must be a list of rows"),
         ("empty.jsonl", "has no rows"),
-        ("columns.jsonl", "no column 'prompt' (found: text, image); name yours in data.columns, as in --data.columns."),
+        ("columns.jsonl", "no column 'prompt' (found: text, image); name yours in data.columns, as in --data.columns "),
     ],
 )
 def test_mistaken_sources(source, expected, tmp_path, monkeypatch):

@@ -8,15 +8,13 @@ from transformers import BlipForConditionalGeneration, JanusForConditionalGenera
 
 from fastcorl.quickstart.warm_start.architecture import make_processor, make_tokenizer, vq_config
 from fastcorl.quickstart.warm_start.captioner import make_image_processor, train_captioner
-from fastcorl.quickstart.warm_start.language import Cycle, make_janus, train_language
+from fastcorl.quickstart.warm_start.language import Cycle, make_janus, train_language, train_letters
+from fastcorl.quickstart.warm_start.vision import train_vision
 from fastcorl.quickstart.warm_start.vq import train_vq
 
-VQ_STEPS, CAPTIONER_STEPS = 1800, 1000
-POLICY_CYCLES = (
-    Cycle(2600, 1.5e-3, thoughts=False, drawings=24, answers=24),
-    Cycle(1500, 1.2e-3, thoughts=True, drawings=24, answers=24),
-    Cycle(700, 1.0e-3, thoughts=True, drawings=12, answers=40),
-)
+VQ_STEPS, VISION_STEPS, LETTER_STEPS, CAPTIONER_STEPS = 1800, 1500, 200, 1000
+# The letters come between the two, and cost some of what the first has taught.
+LANGUAGE_CYCLES = (Cycle(3600, 1.5e-3, concludes=False), Cycle(500, 1.0e-3, concludes=True))
 SEED = 0
 
 
@@ -46,9 +44,14 @@ def main() -> None:
     processor = make_processor(make_tokenizer())
     vq = train_vq(vq_config(), steps=steps(VQ_STEPS), seed=SEED)
     janus = make_janus(processor, vq, SEED)
-    cycles = [cycle._replace(steps=steps(cycle.steps)) for cycle in POLICY_CYCLES]
-    train_language(janus, processor, cycles, seed=SEED)
-    blip = train_captioner(processor.tokenizer, vq, steps=steps(CAPTIONER_STEPS), seed=SEED)
+    train_vision(janus.model.vision_model, steps=steps(VISION_STEPS), seed=SEED)
+    first, second = (cycle._replace(steps=steps(cycle.steps)) for cycle in LANGUAGE_CYCLES)
+    train_language(janus, processor, first, seed=SEED)
+    train_letters(janus, processor, steps=steps(LETTER_STEPS), seed=SEED)
+    train_language(janus, processor, second, seed=SEED + 1)
+    blip = train_captioner(
+        processor.tokenizer, vq, vision_steps=steps(VISION_STEPS), steps=steps(CAPTIONER_STEPS), seed=SEED
+    )
     save_janus(janus, processor, arguments.output / "janus")
     save_captioner(blip, processor, arguments.output / "captioner")
 

@@ -48,9 +48,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     scenes = [make_scene(0, index, "train") for index in range(2000)]
-    corpus = [
-        text for scene in scenes for text in (" " + scene.caption, scene.question.problem, scene.question.solution)
-    ]
+    corpus: list[str] = []
+    for scene in scenes:
+        question = scene.question
+        answer = f"<think>{question.thought}</think><answer>{question.answer}</answer>"
+        corpus += [" " + scene.caption, question.problem, answer]
     trainer = trainers.BpeTrainer(
         vocab_size=640,
         min_frequency=2,

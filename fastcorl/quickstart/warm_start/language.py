@@ -2,7 +2,6 @@
 
 import random
 import time
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,9 +10,9 @@ from transformers import JanusForConditionalGeneration, JanusProcessor, JanusVQV
 
 from fastcorl.model.policy import Policy
 from fastcorl.model.prompts import PromptEncoder
-from fastcorl.quickstart.grammar import Question
-from fastcorl.quickstart.scenes import Scene
-from fastcorl.quickstart.warm_start.architecture import generation_config, janus_config
+from fastcorl.quickstart.grammar import Question, ask
+from fastcorl.quickstart.scenes import Scene, sample_items
+from fastcorl.quickstart.warm_start.architecture import ROLES, generation_config, janus_config
 from fastcorl.quickstart.warm_start.batches import scene_batches, to_pixels
 from fastcorl.records import PackedBatch
 
@@ -22,25 +21,23 @@ TAGGED = 0.5
 
 
 class Cycle(NamedTuple):
-    """One warm-up and decay of the learning rate. `thoughts`: whether untagged answers keep their reasoning."""
+    """One warm-up and decay of the learning rate. `concludes`: whether the reasoning says what follows from it."""
 
     steps: int
     peak_learning_rate: float
-    thoughts: bool
-    drawings: int  # per step
-    answers: int
+    concludes: bool
 
 
-def answer_text(question: Question, rng: random.Random, *, thoughts: bool) -> str:
+def answer_text(question: Question, rng: random.Random, *, concludes: bool) -> str:
     """The solution, with probability 1 - TAGGED without its tags: the format is one of the things left to learn."""
+    thought = f"{question.thought}, so {question.conclusion}" if concludes else question.thought
     if rng.random() < TAGGED:
-        return question.solution
-    thought, answer = question.solution.removeprefix("<think>").removesuffix("</answer>").split("</think><answer>")
-    return f"{thought}. {answer}" if thoughts else answer
+        return f"<think>{thought}</think><answer>{question.answer}</answer>"
+    return f"{thought}. {question.answer}"
 
 
 def training_pack(
-    policy: Policy, scenes: list[Scene], codes: torch.Tensor, rng: random.Random, *, thoughts: bool
+    policy: Policy, scenes: list[Scene], codes: torch.Tensor, rng: random.Random, *, concludes: bool
 ) -> tuple[PackedBatch, torch.Tensor, torch.Tensor]:
     """A pack that draws the first scenes, those with `codes`, and answers about the others.
 
@@ -58,9 +55,8 @@ def training_pack(
         first_targets.append(len(prompt))
     for scene in scenes[num_drawings:]:
         prompt = encoder.ask(scene.question.problem)
-        answer = encoder.tokenizer(answer_text(scene.question, rng, thoughts=thoughts), add_special_tokens=False)[
-            "input_ids"
-        ]
+        text = answer_text(scene.question, rng, concludes=concludes)
+        answer = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
         ids.append(prompt + answer + [encoder.eos_id])
         first_targets.append(len(prompt))
     lengths = torch.tensor([len(row) for row in ids])
@@ -104,24 +100,20 @@ def make_janus(processor: JanusProcessor, vq: JanusVQVAE, seed: int) -> JanusFor
 def train_language(
     janus: JanusForConditionalGeneration,
     processor: JanusProcessor,
-    cycles: Sequence[Cycle],
+    cycle: Cycle,
     *,
+    drawings: int = 24,
+    answers: int = 24,
     seed: int = 0,
     log=print,
 ) -> None:
-    """Train everything but the VQ model in place, on drawings and answers together."""
+    """Train the language model, the aligners and the heads in place, on drawings and answers together."""
     janus.model.language_model.set_attn_implementation("fastcorl")
     policy = Policy(janus, processor, PromptEncoder(processor))
     janus.requires_grad_(True)
-    janus.model.vqmodel.requires_grad_(False)
-    janus.model.generation_embeddings.requires_grad_(False)
-    for number, cycle in enumerate(cycles):
-        _run_cycle(policy, cycle, seed + number, log)
-    janus.eval()
-
-
-def _run_cycle(policy: Policy, cycle: Cycle, seed: int, log) -> None:
-    vq = policy.janus.model.vqmodel
+    vq = janus.model.vqmodel
+    for frozen in (vq, janus.model.vision_model, janus.model.generation_embeddings):
+        frozen.requires_grad_(False)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -129,13 +121,11 @@ def _run_cycle(policy: Policy, cycle: Cycle, seed: int, log) -> None:
     )
     rng = random.Random(seed)
     start = time.time()
-    for step, scenes in zip(
-        range(cycle.steps), scene_batches(cycle.drawings + cycle.answers, 100 * seed), strict=False
-    ):
+    for step, scenes in zip(range(cycle.steps), scene_batches(drawings + answers, 100 * seed), strict=False):
         with torch.no_grad():
-            pixels = to_pixels([scene.image for scene in scenes[: cycle.drawings]])
+            pixels = to_pixels([scene.image for scene in scenes[:drawings]])
             codes = vq.encode(pixels, return_dict=True).image_tokens.view(len(pixels), -1)
-        pack, code_targets, text_targets = training_pack(policy, scenes, codes, rng, thoughts=cycle.thoughts)
+        pack, code_targets, text_targets = training_pack(policy, scenes, codes, rng, concludes=cycle.concludes)
         hidden = policy.hidden_states(pack)
         code_rows, text_rows = (targets >= 0 for targets in (code_targets, text_targets))
         code_logits = policy.image_head(policy.image_head_input(hidden[code_rows]))
@@ -149,3 +139,43 @@ def _run_cycle(policy: Policy, cycle: Cycle, seed: int, log) -> None:
         if (step + 1) % 50 == 0:
             elapsed = time.time() - start
             log(f"policy {step + 1}/{cycle.steps} image {image_loss:.4f} text {text_loss:.4f} ({elapsed:.0f} s)")
+    janus.eval()
+
+
+def train_letters(
+    janus: JanusForConditionalGeneration,
+    processor: JanusProcessor,
+    *,
+    steps: int,
+    rows: int = 192,
+    seed: int = 0,
+    log=print,
+) -> None:
+    """Train the language model in place to name the letter of the option that its reasoning has arrived at.
+
+    Text alone, and a loss on nothing but the letter: among the other tokens of `train_language` its signal is too weak.
+    """
+    model, head, tokenizer = janus.model.language_model, janus.lm_head, processor.tokenizer
+    model.set_attn_implementation("sdpa")
+    parameters = [*model.parameters(), *head.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps, pct_start=0.05)
+    rng = random.Random(seed)
+    start = time.time()
+    for step in range(steps):
+        questions = [ask(sample_items(rng), rng, "MC") for _ in range(rows)]
+        texts = [f"{q.problem}\n\n{ROLES[1]}:{q.solution.removesuffix(q.answer + '</answer>')}" for q in questions]
+        inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False)
+        last = inputs["attention_mask"].sum(dim=1) - 1
+        hidden = model(input_ids=inputs["input_ids"]).last_hidden_state[torch.arange(rows), last]
+        letters = torch.tensor(tokenizer.convert_tokens_to_ids([q.answer for q in questions]))
+        loss = F.cross_entropy(head(hidden), letters)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 20 == 0:
+            log(f"letters {step + 1}/{steps} loss {loss:.4f} ({time.time() - start:.0f} s)")

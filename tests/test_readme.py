@@ -6,13 +6,15 @@ from pathlib import Path
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_five_line_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_examples_run():
+    ours, drop_in = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
-    exec(code, names)
+    exec(ours, names)
     assert names["hidden"].grad.shape == (6, 64)
     assert names["head"].grad.shape == (1000, 64)
     assert names["result"].loss.isfinite()
+    exec(drop_in, names)
+    assert names["loss"].isfinite() and names["logits"].grad.shape == (2, 5, 1000)
 
 
 def test_paths_in_the_tree_exist():

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import os
 
 import torch
 
@@ -17,13 +18,6 @@ def require(condition, name, expected, got):
     """Raise ``ValueError("<name>: expected <expected>, got <got>")`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {describe(got)}")
-
-
-def check_backend(backend):
-    """Accept ``None`` and ``"torch"``; refuse ``"triton"`` rather than quietly running something else."""
-    require(backend in (None, "torch", "triton"), "backend", "None, 'torch' or 'triton'", backend)
-    if backend == "triton":
-        raise RuntimeError("backend='triton': this version has no Triton kernels; pass backend='torch' or None")
 
 
 def check_choice(value, name, choices):
@@ -59,12 +53,37 @@ def check_index_vector(value, name, length, like):
 
 
 def check_index_range(index, name, vocabulary):
-    """Ids within ``[0, vocabulary)``. Skipped off the CPU, where looking would make the host wait for the device."""
-    if index.device.type != "cpu" or index.numel() == 0:
+    """Ids within ``[0, vocabulary)``.
+
+    Off the CPU only with FASTCORL_KERNELS_DEBUG=1 in the environment, since looking makes the host wait for the device.
+    """
+    looks = index.device.type == "cpu" or os.environ.get("FASTCORL_KERNELS_DEBUG") == "1"
+    if not looks or index.numel() == 0:
         return
     low, high = int(index.min()), int(index.max())
     if low < 0 or high >= vocabulary:
         raise ValueError(f"{name}: expected ids in [0, {vocabulary}), got ids from {low} to {high}")
+
+
+def check_temperature(value, length, like):
+    """A positive number, or a floating tensor (length,) of them."""
+    if isinstance(value, torch.Tensor):
+        check_float_vector(value, "temperature", length, like)
+    else:
+        check_number(value, "temperature", exclusive=True)
+
+
+def check_guidance(policy, uncond, guidance, name, like):
+    """The second row set of a guided policy, which must look like the first; None without guidance."""
+    check_choice(policy, "policy", ("cond", "cfg"))
+    check_number(guidance, "guidance")
+    if policy == "cond":
+        require(uncond is None, name, "None with policy='cond'", uncond)
+        return
+    fits = isinstance(uncond, torch.Tensor) and uncond.shape == like.shape and uncond.dtype == like.dtype
+    shape, dtype = tuple(like.shape), str(like.dtype).removeprefix("torch.")
+    expected = f"a {dtype} tensor of shape {shape} on {like.device} with policy='cfg'"
+    require(fits and uncond.device == like.device, name, expected, uncond)
 
 
 def check_linear(hidden, weight, bias):

@@ -1,5 +1,6 @@
 """A random GRPO problem, and the losses written once more with loops, by hand from the papers."""
 
+import os
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -8,6 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcorl_kernels import chunking
+
+# Before any module with Triton kernels is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _make_problem(seed=0, lengths=(4, 0, 1, 6), hidden_size=5, vocabulary=11, masked=True, dtype=torch.float64):
@@ -128,3 +133,32 @@ def loop_grpo_loss():
 def set_chunk_rows(monkeypatch):
     """``set_chunk_rows(rows, vocabulary)`` makes the linear ops work on that many rows at a time."""
     return lambda rows, vocabulary: monkeypatch.setattr(chunking, "CHUNK_ELEMENTS", rows * vocabulary)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_device(request):
+    """Where Triton runs: under its interpreter, or compiled; a machine with a GPU does the latter only."""
+    pytest.importorskip("triton")
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton compiles here; the cuda case runs")
+    return request.param
+
+
+@pytest.fixture(params=["whole rows", "tiles"])
+def tiling(request, monkeypatch):
+    """Rows in registers, or walked in tiles of 16, the last of them partly outside of the row."""
+    if request.param == "tiles":
+        from fastcorl_kernels.grpo import triton_kernels as losses
+        from fastcorl_kernels.log_softmax import triton_kernels as rows
+
+        monkeypatch.setattr(rows, "MAX_TILE", 16)
+        monkeypatch.setattr(losses, "WHOLE_ROW", 1)
+    return request.param
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nobody has written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -117,8 +117,3 @@ def test_integer_and_empty_rewards():
 def test_bad_arguments_are_named(name, kwargs):
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got "):
         group_advantages(**({"rewards": torch.zeros(8), "group_size": 4} | kwargs))
-
-
-def test_triton_is_refused():
-    with pytest.raises(RuntimeError, match="no Triton kernels"):
-        group_advantages(torch.zeros(4), 2, backend="triton")

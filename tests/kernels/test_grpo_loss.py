@@ -391,9 +391,3 @@ def test_bad_arguments_are_named(make_problem, name, kwargs):
     }
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got "):
         grpo_loss(**(good | kwargs))
-
-
-def test_triton_is_refused(make_problem):
-    p = make_problem()
-    with pytest.raises(RuntimeError, match="no Triton kernels"):
-        grpo_loss(logits_of(p), p.token_ids, p.advantages, cu_seqlens=p.cu_seqlens, backend="triton")

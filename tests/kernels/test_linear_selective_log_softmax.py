@@ -150,9 +150,3 @@ def test_bad_arguments_are_named(name, kwargs):
     hidden, weight, bias, index = problem()
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got "):
         linear_selective_log_softmax(**({"hidden": hidden, "weight": weight, "index": index, "bias": bias} | kwargs))
-
-
-def test_triton_is_refused():
-    hidden, weight, _, index = problem()
-    with pytest.raises(RuntimeError, match="no Triton kernels"):
-        linear_selective_log_softmax(hidden, weight, index, backend="triton")

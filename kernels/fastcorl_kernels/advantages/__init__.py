@@ -5,7 +5,8 @@ import numbers
 import torch
 
 from fastcorl_kernels.advantages.reference import group_advantages_reference
-from fastcorl_kernels.checks import check_backend, check_choice, check_number, require
+from fastcorl_kernels.backend import resolve_backend
+from fastcorl_kernels.checks import check_choice, check_number, require
 
 MODES = ("sum_then_normalize", "normalize_then_sum")
 SCALES = ("std", "none")
@@ -26,7 +27,7 @@ def group_advantages(
         scale: ``"std"`` divides by the unbiased standard deviation plus ``eps``; ``"none"`` only subtracts the mean
             (Dr. GRPO, arXiv:2503.20783).
         eps: added to the standard deviation.
-        backend: None or ``"torch"``.
+        backend: None, ``"torch"`` or ``"triton"``; None is Triton on CUDA.
 
     Returns:
         (n,) float32 (float64 for float64 rewards), without gradient. A group whose rewards are all equal gives exactly
@@ -34,9 +35,8 @@ def group_advantages(
 
     Raises:
         ValueError: naming the argument that does not fit.
-        RuntimeError: for ``backend="triton"``.
+        RuntimeError: for ``backend="triton"`` where Triton cannot run.
     """
-    check_backend(backend)
     fits = isinstance(rewards, torch.Tensor) and rewards.dim() in (1, 2) and not rewards.is_complex()
     require(fits, "rewards", "a real tensor of shape (n,) or (n, k)", rewards)
     whole = isinstance(group_size, numbers.Integral) and not isinstance(group_size, bool) and group_size >= 1
@@ -50,4 +50,9 @@ def group_advantages(
         weights = torch.ones(columns)
     weights = torch.as_tensor(weights, dtype=torch.float64, device=rewards.device)
     require(tuple(weights.shape) == (columns,), "weights", f"shape ({columns},), one per reward column", weights)
+    if resolve_backend(backend, rewards) == "triton":
+        from fastcorl_kernels.advantages.triton_kernels import group_advantages_triton
+
+        with torch.cuda.device_of(rewards):
+            return group_advantages_triton(rewards, group_size, weights, mode, scale, eps)
     return group_advantages_reference(rewards, group_size, weights, mode, scale, eps)

@@ -1,9 +1,11 @@
 """The GRPO family of losses, from logits."""
 
-from fastcorl_kernels.checks import accumulator_dtype, check_backend, check_float_matrix
+from fastcorl_kernels.backend import resolve_backend
+from fastcorl_kernels.checks import accumulator_dtype, check_float_matrix, check_guidance
+from fastcorl_kernels.grpo.autograd import differentiable_grpo_loss
 from fastcorl_kernels.grpo.batch import LossSettings, prepare_batch
 from fastcorl_kernels.grpo.objective import GRPOLoss
-from fastcorl_kernels.grpo.reference import grpo_loss_reference
+from fastcorl_kernels.log_softmax import logits_source
 
 __all__ = ["GRPOLoss", "grpo_loss"]
 
@@ -27,6 +29,10 @@ def grpo_loss(
     loss_type="grpo",
     importance="token",
     normalizer=None,
+    importance_ratios=None,
+    policy="cond",
+    uncond=None,
+    guidance=1.0,
     backend=None,
 ):
     """Log-probabilities, importance ratio, clip, KL and reduction in one call, differentiable in ``logits``.
@@ -55,18 +61,26 @@ def grpo_loss(
             the sequence's rows, and carries the gradient.
         normalizer: number or one-element tensor that replaces the denominator, for data parallelism and accumulation:
             of the row count, or for ``"grpo"`` of the sequence count. ``"dr_grpo"`` requires it.
-        backend: None or ``"torch"``.
+        importance_ratios: (S,) or (N,), floating; correct for a behaviour policy other than the old one (truncated
+            importance sampling): they multiply the policy term, not the KL, and carry no gradient.
+        policy: ``"cond"``, or ``"cfg"``: the policy is the guided distribution u + guidance * (c - u).
+        uncond: (N, V), with ``policy="cfg"`` the logits u without the condition; ``logits`` are c. Both get
+            gradients; detach u to keep it fixed.
+        guidance: weight of the guidance, at least 0.
+        backend: None, ``"torch"`` or ``"triton"``; None is Triton on CUDA (torch for float64).
 
     Returns:
-        GRPOLoss, in float32, or float64 for float64 logits. No gradient flows into anything but ``logits``.
+        GRPOLoss, in float32, or float64 for float64 logits. No gradient flows into anything but the logits.
+        Their gradient is computed in the forward, and the backward scales it. Only first derivatives exist.
 
     Raises:
         ValueError: naming the argument that does not fit (the contents of ids and cu_seqlens: on the CPU only).
-        RuntimeError: for ``backend="triton"``.
+        RuntimeError: for ``backend="triton"`` where Triton cannot run.
     """
-    check_backend(backend)
     check_float_matrix(logits, "logits", "(N, V)")
+    check_guidance(policy, uncond, guidance, "uncond", logits)
     settings = LossSettings(temperature, beta, eps_low, eps_high, delta, loss_type, importance, normalizer)
+    backend = resolve_backend(backend, logits)
     batch = prepare_batch(
         logits,
         logits.shape[1],
@@ -80,5 +94,9 @@ def grpo_loss(
         old_log_probs,
         ref_log_probs,
         mask,
+        importance_ratios,
+        backend,
+        keep_masked=backend == "triton" and importance == "token" and mask is not None,
     )
-    return grpo_loss_reference(logits, batch, settings)
+    source = logits_source(backend)(logits, uncond, guidance, temperature, batch.rows)
+    return differentiable_grpo_loss(source, batch, settings)

@@ -60,23 +60,31 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """The M rows that the mask keeps, of N; every tensor is (M,) unless it says otherwise."""
+    """The M rows that the mask keeps, of N; every tensor is (M,) unless it says otherwise.
+
+    With a ``mask`` of its own, masked rows are still there (M = N) and whoever reads the batch skips them.
+    """
 
     row_count: int  # N
     rows: torch.Tensor | None  # their places among the N rows; None when all count
+    mask: torch.Tensor | None
     token_ids: torch.Tensor
     advantages: torch.Tensor
     old_log_probs: torch.Tensor | None
     ref_log_probs: torch.Tensor | None
     weights: torch.Tensor  # each row's share in the loss, one over its denominator
-    sequence_ids: torch.Tensor
-    lengths: torch.Tensor  # (S,) rows kept of each sequence
+    sequence_ids: torch.Tensor | None  # None, like lengths, where nothing looks across a sequence
+    lengths: torch.Tensor | None  # (S,) rows kept of each sequence
 
-    def span(self, start, stop):
-        """Rows ``start`` to ``stop`` alone: enough for whatever does not look across a sequence."""
+    def span(self, start, stop, sequences=None):
+        """Rows ``start`` to ``stop`` alone; ``sequences`` (first, last + 1) if they are whole sequences."""
         names = ("token_ids", "advantages", "old_log_probs", "ref_log_probs", "weights", "sequence_ids")
         fields = {name: getattr(self, name) for name in names}
-        return replace(self, rows=None, **{n: None if t is None else t[start:stop] for n, t in fields.items()})
+        fields = {name: None if values is None else values[start:stop] for name, values in fields.items()}
+        if sequences is not None:
+            first, last = sequences
+            fields |= {"sequence_ids": fields["sequence_ids"] - first, "lengths": self.lengths[first:last]}
+        return replace(self, rows=None, **fields)
 
     def scatter(self, values):
         """(M,) to (N,), with 0 on the rows that do not count."""
@@ -98,8 +106,14 @@ def prepare_batch(
     old_log_probs,
     ref_log_probs,
     mask,
+    importance_ratios=None,
+    backend="torch",
+    keep_masked=False,
 ):
-    """Check everything and drop the masked rows. ``scores`` are the logits or the hidden states, (N, ...)."""
+    """Check everything and drop the masked rows, or only carry the mask along with ``keep_masked``.
+
+    ``scores`` are the logits or the hidden states, (N, ...). Dropping rows makes the host wait for a CUDA device.
+    """
     settings.check()
     row_count, device = scores.shape[0], scores.device
     check_index_vector(token_ids, "token_ids", row_count, scores)
@@ -113,33 +127,73 @@ def prepare_batch(
         fits = isinstance(mask, torch.Tensor) and tuple(mask.shape) == (row_count,) and mask.dtype == torch.bool
         require(fits and mask.device == device, "mask", f"a bool tensor of shape ({row_count},) on {device}", mask)
     sequence_count = cu_seqlens.shape[0] - 1
-    advantages = _check_advantages(advantages, rewards, group_size, sequence_count, row_count, scores)
+    advantages = _check_advantages(advantages, rewards, group_size, sequence_count, row_count, scores, backend)
+    if importance_ratios is not None:
+        _check_per_sequence_or_row(importance_ratios, "importance_ratios", sequence_count, row_count, scores)
+        importance_ratios = importance_ratios.detach().contiguous()
 
-    rows = None if mask is None else mask.nonzero().squeeze(1)
-    kept = torch.arange(row_count, device=device) if rows is None else rows
-    sequence_ids = torch.searchsorted(cu_seqlens, kept, right=True) - 1
-    if advantages.shape[0] == sequence_count:
-        advantages = advantages[sequence_ids]
-    elif rows is not None:
-        advantages = advantages[rows]
-    token_ids = _pick(token_ids, rows)
-    check_index_range(token_ids, "token_ids", vocabulary)
-    lengths = _kept_lengths(cu_seqlens, mask)
+    mask = None if mask is None else mask.contiguous()
+    rows = None if mask is None or keep_masked else mask.nonzero().squeeze(1)
+    if keep_masked:
+        check_index_range(token_ids if mask is None or token_ids.is_cuda else token_ids[mask], "token_ids", vocabulary)
+    else:
+        token_ids = _pick(token_ids, rows)
+        if vocabulary is not None:  # of a shard nobody knows the whole
+            check_index_range(token_ids, "token_ids", vocabulary)
+    make_table = _triton_table if backend == "triton" and settings.importance == "token" else _torch_table
+    advantages = advantages.detach().contiguous()
+    row_advantages, weights, sequence_ids, lengths = make_table(
+        settings, cu_seqlens, row_count, mask, rows, advantages, importance_ratios, dtype
+    )
     return TokenBatch(
         row_count=row_count,
         rows=rows,
-        token_ids=token_ids.long(),
-        advantages=advantages.detach().to(dtype),
+        mask=mask if keep_masked else None,
+        token_ids=token_ids.long().contiguous(),
+        advantages=row_advantages,
         old_log_probs=None if old_log_probs is None else _pick(old_log_probs.detach(), rows).to(dtype),
         ref_log_probs=None if ref_log_probs is None else _pick(ref_log_probs.detach(), rows).to(dtype),
-        weights=_row_weights(settings, lengths, sequence_ids, dtype),
+        weights=weights,
         sequence_ids=sequence_ids,
         lengths=lengths,
     )
 
 
+def _torch_table(settings, cu_seqlens, row_count, mask, rows, advantages, importance_ratios, dtype):
+    """(advantages, weights, sequence_ids, lengths) of the rows that count."""
+    kept = torch.arange(row_count, device=cu_seqlens.device) if rows is None else rows
+    sequence_ids = torch.searchsorted(cu_seqlens, kept, right=True) - 1
+    lengths = _kept_lengths(cu_seqlens, mask)
+
+    def by_row(values):
+        return values[sequence_ids] if values.shape[0] == cu_seqlens.shape[0] - 1 else _pick(values, rows)
+
+    advantages = by_row(advantages).to(dtype)
+    if importance_ratios is not None:
+        advantages = advantages * by_row(importance_ratios).to(dtype)
+    return advantages, _row_weights(settings, lengths, sequence_ids, dtype), sequence_ids, lengths
+
+
+def _triton_table(settings, cu_seqlens, row_count, mask, rows, advantages, importance_ratios, dtype):
+    """The same in one launch, without what only a ratio per sequence needs."""
+    from fastcorl_kernels.grpo.triton_kernels import row_table
+
+    normalizer = settings.normalizer
+    mean = settings.loss_type == "grpo"
+    if normalizer is None:
+        if mean or mask is None:
+            normalizer = max(cu_seqlens.shape[0] - 1 if mean else row_count, 1)
+        else:
+            normalizer = mask.sum(dtype=torch.int32).clamp_(min=1).to(dtype)
+    elif isinstance(normalizer, torch.Tensor):
+        normalizer = normalizer.detach().reshape(1).to(device=cu_seqlens.device, dtype=dtype)
+    table = row_table(cu_seqlens, row_count, mask, advantages, importance_ratios, normalizer, mean=mean)
+    return *(_pick(values, rows) for values in table), None, None
+
+
 def _pick(values, rows):
-    return values if rows is None else values.index_select(0, rows)
+    """The rows that count, contiguous, as the Triton kernels read them."""
+    return values.contiguous() if rows is None else values.index_select(0, rows)
 
 
 def _check_cu_seqlens(cu_seqlens, row_count):
@@ -154,23 +208,27 @@ def _check_cu_seqlens(cu_seqlens, row_count):
     return cu_seqlens.long().contiguous()
 
 
-def _check_advantages(advantages, rewards, group_size, sequence_count, row_count, like):
+def _check_per_sequence_or_row(values, name, sequence_count, row_count, like):
+    fits = isinstance(values, torch.Tensor) and values.is_floating_point() and values.dim() == 1
+    fits = fits and values.shape[0] in (sequence_count, row_count) and values.device == like.device
+    shapes = f"({sequence_count},), one per sequence, or ({row_count},), one per row, on {like.device}"
+    require(fits, name, f"a floating tensor of shape {shapes}", values)
+
+
+def _check_advantages(advantages, rewards, group_size, sequence_count, row_count, like, backend):
     """Advantages (S,) or (N,), given or made from rewards."""
     if (advantages is None) == (rewards is None):
         got = "neither" if advantages is None else "both"
         raise ValueError(f"advantages: expected either advantages or rewards, got {got}")
     if rewards is None:
         require(group_size is None, "group_size", "None without rewards", group_size)
-        fits = isinstance(advantages, torch.Tensor) and advantages.is_floating_point() and advantages.dim() == 1
-        fits = fits and advantages.shape[0] in (sequence_count, row_count) and advantages.device == like.device
-        shapes = f"({sequence_count},), one per sequence, or ({row_count},), one per row, on {like.device}"
-        require(fits, "advantages", f"a floating tensor of shape {shapes}", advantages)
+        _check_per_sequence_or_row(advantages, "advantages", sequence_count, row_count, like)
         return advantages
     require(group_size is not None, "group_size", "an integer, since rewards are given", group_size)
     fits = isinstance(rewards, torch.Tensor) and rewards.dim() in (1, 2) and rewards.shape[0] == sequence_count
     fits = fits and rewards.device == like.device
     require(fits, "rewards", f"a tensor of {sequence_count} rows, one per sequence, on {like.device}", rewards)
-    return group_advantages(rewards, group_size)
+    return group_advantages(rewards, group_size, backend=None if rewards.dtype == torch.float64 else backend)
 
 
 def _kept_lengths(cu_seqlens, mask):

@@ -1,12 +1,16 @@
 """Plain torch GRPO loss from logits; holds the (N, V) log-probabilities, and differentiates by autograd."""
 
 from fastcorl_kernels.grpo.objective import summarize
-from fastcorl_kernels.log_softmax.reference import entropy_reference, log_softmax_reference
+from fastcorl_kernels.log_softmax.reference import entropy_reference, guided_reference, log_softmax_reference
 
 
-def grpo_loss_reference(logits, batch, settings):
-    """See ``grpo_loss``; logits (N, V), ``batch`` from ``prepare_batch``."""
-    return kept_rows_loss(logits if batch.rows is None else logits.index_select(0, batch.rows), batch, settings)
+def grpo_loss_reference(logits, batch, settings, uncond=None, guidance=1.0):
+    """See ``grpo_loss``; logits and uncond (N, V), ``batch`` from ``prepare_batch``."""
+    logits, uncond = (
+        operand if operand is None or batch.rows is None else operand.index_select(0, batch.rows)
+        for operand in (logits, uncond)
+    )
+    return kept_rows_loss(guided_reference(logits, uncond, guidance), batch, settings)
 
 
 def kept_rows_loss(logits, batch, settings):

@@ -1,8 +1,11 @@
 """The GRPO family of losses, from hidden states."""
 
-from fastcorl_kernels.checks import accumulator_dtype, check_backend, check_linear
+from fastcorl_kernels.backend import resolve_backend
+from fastcorl_kernels.checks import accumulator_dtype, check_guidance, check_linear
+from fastcorl_kernels.grpo.autograd import differentiable_grpo_loss
 from fastcorl_kernels.grpo.batch import LossSettings, prepare_batch
-from fastcorl_kernels.linear_grpo.autograd import linear_grpo_loss_chunked
+from fastcorl_kernels.linear_log_softmax import head_source
+from fastcorl_kernels.shard import make_shard
 
 
 def linear_grpo_loss(
@@ -26,6 +29,12 @@ def linear_grpo_loss(
     loss_type="grpo",
     importance="token",
     normalizer=None,
+    importance_ratios=None,
+    policy="cond",
+    uncond=None,
+    guidance=1.0,
+    process_group=None,
+    vocab_start=None,
     backend=None,
 ):
     """``grpo_loss(hidden @ weight.T + bias, ...)`` without an (N, V) tensor, forward or backward.
@@ -38,21 +47,29 @@ def linear_grpo_loss(
         weight: (V, H) floating tensor. A ``weight``, ``bias`` or ``hidden`` that does not require grad costs no
             gradient.
         bias: (V,) floating tensor or None.
-        Everything else as in ``grpo_loss``, papers included.
+        uncond: (N, H), with ``policy="cfg"`` the hidden states without the condition. A head is linear, so the
+            guided logits are those of the guided hidden states, and cost one matrix product.
+        process_group: splits the vocabulary: weight and bias are this process's rows of the head, everything else is
+            the same on every process. The result is too, and so is the gradient of hidden, already summed.
+        vocab_start: id of weight's first row; by default the group's rank times V.
+        Everything else as in ``grpo_loss``, papers included. A mask, or ``importance="sequence"``, makes the host wait
+        for a CUDA device once, to learn how many rows there are.
 
     Returns:
         GRPOLoss, in float32, or float64 if an operand is float64.
 
     Raises:
         ValueError: naming the argument that does not fit (the contents of ids and cu_seqlens: on the CPU only).
-        RuntimeError: for ``backend="triton"``.
+        RuntimeError: for ``backend="triton"`` where Triton cannot run.
     """
-    check_backend(backend)
     check_linear(hidden, weight, bias)
+    check_guidance(policy, uncond, guidance, "uncond", hidden)
     settings = LossSettings(temperature, beta, eps_low, eps_high, delta, loss_type, importance, normalizer)
+    backend = resolve_backend(backend, hidden, weight, bias)
+    shard = make_shard(process_group, vocab_start, weight)
     batch = prepare_batch(
         hidden,
-        weight.shape[0],
+        weight.shape[0] if shard is None else None,
         accumulator_dtype(hidden, weight, bias),
         settings,
         token_ids,
@@ -63,5 +80,10 @@ def linear_grpo_loss(
         old_log_probs,
         ref_log_probs,
         mask,
+        importance_ratios,
+        "torch" if shard is not None else backend,
     )
-    return linear_grpo_loss_chunked(hidden, weight, bias, batch, settings)
+    if uncond is not None:
+        hidden = uncond + guidance * (hidden - uncond)
+    source = head_source(backend)(hidden, weight, bias, temperature, batch.rows, shard)
+    return differentiable_grpo_loss(source, batch, settings)

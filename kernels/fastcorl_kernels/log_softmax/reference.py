@@ -5,8 +5,22 @@ import torch
 from fastcorl_kernels.checks import accumulator_dtype
 
 
+def guided_reference(logits, uncond=None, guidance=1.0):
+    """Classifier-free guidance, u + guidance * (c - u), in the accumulation dtype; -inf where both are."""
+    dtype = accumulator_dtype(logits, uncond)
+    logits = logits.to(dtype)
+    if uncond is None:
+        return logits
+    uncond = uncond.to(dtype)
+    both = logits.isneginf() & uncond.isneginf()
+    logits, uncond = (operand.masked_fill(both, 0.0) for operand in (logits, uncond))
+    return (uncond + guidance * (logits - uncond)).masked_fill(both, -torch.inf)
+
+
 def log_softmax_reference(logits, temperature):
-    """(N, V) log-probabilities in the accumulation dtype."""
+    """(N, V) log-probabilities in the accumulation dtype; temperature a number or (N,)."""
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature[:, None]
     return torch.log_softmax(logits.to(accumulator_dtype(logits)) / temperature, dim=-1)
 
 

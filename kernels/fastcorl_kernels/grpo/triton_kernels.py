@@ -1,0 +1,429 @@
+"""Triton kernels of the GRPO losses with a ratio per token: the same maths as ``objective.py``, in the row's program.
+
+One launch takes a row from logits to its loss, its metrics and the gradient of its logits. A second, of one program,
+adds the rows up in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastcorl_kernels.log_softmax.triton_kernels import (
+    WHOLE_ROW,
+    load_target,
+    load_tile,
+    program_count,
+    row_statistics,
+    store_gradient,
+    tile_and_warps,
+    tile_gradient,
+    tile_statistics,
+)
+
+TERMS = 6  # loss, entropy, k3, whether a bound replaced the ratio, ratio, log-probability
+SUMMARY = 5  # loss, then the means of entropy, k3 and bounded, then the largest ratio
+
+
+@triton.jit
+def difference(a, b):
+    """a - b, with 0 where both are -inf."""
+    return tl.where((a == float("-inf")) & (b == float("-inf")), 0.0, a - b)
+
+
+@triton.jit
+def k3_terms(gap):
+    """k3 = expm1(gap) - gap, and expm1(gap); a series near 0, where the difference would lose every digit."""
+    series = 1.0 + gap / 8.0 * (1.0 + gap / 9.0)
+    series = 1.0 + gap / 6.0 * (1.0 + gap / 7.0 * series)
+    series = 1.0 + gap / 4.0 * (1.0 + gap / 5.0 * series)
+    small = 0.5 * gap * gap * (1.0 + gap / 3.0 * series)
+    near = tl.abs(gap) < 0.5
+    expm1 = tl.where(near, gap + small, tl.exp(gap) - 1.0)
+    return tl.where(near, small, expm1 - gap), expm1
+
+
+@triton.jit
+def token_objective(
+    log_prob, old, ref, advantage, beta, low, high, delta, CISPO: tl.constexpr, CLIP: tl.constexpr, DELTA: tl.constexpr
+):
+    """(loss, its derivative by log_prob, k3, bounded, ratio) of one row; selects, never multiplies by 0."""
+    log_ratio = difference(log_prob, old)
+    ratio = tl.exp(log_ratio)
+    is_nan = ratio != ratio
+    # Of two equal infinities the difference is 0 by definition, and constant.
+    moves = (log_prob == float("-inf")) & (old == float("-inf"))
+    slope = tl.where(moves, 0.0, 1.0)
+    weighs = advantage != 0.0
+    if CISPO:
+        capped = tl.where(is_nan, ratio, tl.minimum(ratio, high))
+        factor = capped * advantage
+        silent = factor == 0.0
+        loss = -factor * tl.where(silent, 0.0, log_prob)
+        grad = tl.where(silent, 0.0, -factor)
+        bounded = (capped < ratio) & weighs
+    else:
+        picked = ratio
+        if DELTA:
+            picked = tl.minimum(picked, delta)
+        if CLIP:
+            clipped = tl.minimum(tl.maximum(ratio, low), high)
+            picked = tl.where(advantage > 0.0, tl.minimum(picked, clipped), tl.maximum(picked, clipped))
+        picked = tl.where(is_nan, ratio, picked)
+        free = (picked == ratio) & weighs
+        bounded = (picked != ratio) & weighs & (is_nan == 0)
+        picked = tl.where((weighs == 0) & (picked == float("inf")), 0.0, picked)
+        loss = -picked * advantage
+        grad = tl.where(free, loss, 0.0) * slope
+    kl = 0.0
+    if ref is not None:
+        kl, expm1 = k3_terms(difference(ref, log_prob))
+        loss = tl.where(beta != 0.0, loss + beta * kl, loss)
+        grad = tl.where(beta != 0.0, grad - beta * expm1, grad)
+    return loss, grad, kl, bounded, ratio
+
+
+@triton.jit(do_not_specialize=["row_count", "term_stride"])
+def grpo_rows_kernel(
+    logits,
+    uncond,
+    mask,
+    index,
+    target,
+    advantages,
+    weights,
+    old_log_probs,
+    ref_log_probs,
+    terms,
+    grad_logits,
+    grad_uncond,
+    row_count,
+    term_stride,
+    vocabulary,
+    row_stride,
+    stride,
+    uncond_row_stride,
+    uncond_stride,
+    grad_row_stride,
+    grad_uncond_row_stride,
+    guidance,
+    inverse_temperature,
+    beta,
+    low,
+    high,
+    delta,
+    grad_scale,
+    CISPO: tl.constexpr,
+    CLIP: tl.constexpr,
+    DELTA: tl.constexpr,
+    WHOLE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    offsets = tl.arange(0, TILE)
+    for i in range(tl.program_id(0), row_count, tl.num_programs(0)):
+        place = tl.cast(i, tl.int64)
+        row = logits + place * row_stride
+        uncond_row = None
+        grad_row = None
+        grad_uncond_row = None
+        if uncond is not None:
+            uncond_row = uncond + place * uncond_row_stride
+        if grad_logits is not None:
+            grad_row = grad_logits + place * grad_row_stride
+            if uncond is not None:
+                grad_uncond_row = grad_uncond + place * grad_uncond_row_stride
+        counts = True
+        if mask is not None:
+            counts = tl.load(mask + i) != 0
+        if counts:
+            chosen = tl.load(index + i).to(tl.int64)
+            if target is None:
+                replaced = None
+                logit = load_target(row, uncond_row, stride, uncond_stride, chosen, vocabulary, guidance)
+            else:
+                replaced = tl.load(target + i)
+                logit = replaced
+            if WHOLE:
+                x = load_tile(
+                    row,
+                    uncond_row,
+                    offsets,
+                    offsets < vocabulary,
+                    stride,
+                    uncond_stride,
+                    chosen,
+                    replaced,
+                    guidance,
+                    inverse_temperature,
+                )
+                m, s, t = tile_statistics(x)
+                lse, entropy = m + tl.log(s), tl.log(s) - t / s
+            else:
+                lse, entropy = row_statistics(
+                    row,
+                    uncond_row,
+                    stride,
+                    uncond_stride,
+                    chosen,
+                    replaced,
+                    vocabulary,
+                    guidance,
+                    inverse_temperature,
+                    TILE,
+                )
+            log_prob = logit * inverse_temperature - lse
+            old = log_prob
+            if old_log_probs is not None:
+                old = tl.load(old_log_probs + i)
+            ref = None
+            if ref_log_probs is not None:
+                ref = tl.load(ref_log_probs + i)
+            loss, grad_log_prob, kl, bounded, ratio = token_objective(
+                log_prob, old, ref, tl.load(advantages + i), beta, low, high, delta, CISPO, CLIP, DELTA
+            )
+            weight = tl.load(weights + i)
+            tl.store(terms + i, weight * loss)
+            tl.store(terms + term_stride + i, entropy)
+            tl.store(terms + 2 * term_stride + i, kl)
+            tl.store(terms + 3 * term_stride + i, bounded.to(tl.float32))
+            tl.store(terms + 4 * term_stride + i, ratio)
+            tl.store(terms + 5 * term_stride + i, log_prob)
+            if grad_logits is not None:
+                grad_log_prob *= weight * grad_scale
+                if WHOLE:
+                    grad = tile_gradient(x, offsets, chosen, lse, grad_log_prob, None, None)
+                    inside = offsets < vocabulary
+                    store_gradient(grad, grad_row, grad_uncond_row, offsets, inside, guidance, inverse_temperature)
+                else:
+                    for start in range(0, vocabulary, TILE):
+                        columns = start + offsets
+                        inside = columns < vocabulary
+                        x = load_tile(
+                            row,
+                            uncond_row,
+                            columns,
+                            inside,
+                            stride,
+                            uncond_stride,
+                            chosen,
+                            replaced,
+                            guidance,
+                            inverse_temperature,
+                        )
+                        grad = tile_gradient(x, columns, chosen, lse, grad_log_prob, None, None)
+                        store_gradient(grad, grad_row, grad_uncond_row, columns, inside, guidance, inverse_temperature)
+        else:
+            for term in tl.static_range(6):
+                tl.store(terms + term * term_stride + i, 0.0)
+            if grad_logits is not None:
+                zeros = tl.zeros((TILE,), tl.float32)
+                for start in range(0, vocabulary, TILE):
+                    columns = start + offsets
+                    inside = columns < vocabulary
+                    store_gradient(zeros, grad_row, grad_uncond_row, columns, inside, guidance, inverse_temperature)
+
+
+@triton.jit(do_not_specialize=["row_count", "term_stride"])
+def summary_kernel(terms, mask, out, row_count, term_stride, TILE: tl.constexpr):
+    """Sums of the terms in a fixed order: one program."""
+    offsets = tl.arange(0, TILE)
+    loss = tl.zeros((TILE,), tl.float32)
+    entropy = tl.zeros((TILE,), tl.float32)
+    kl = tl.zeros((TILE,), tl.float32)
+    bounded = tl.zeros((TILE,), tl.float32)
+    counted = tl.zeros((TILE,), tl.int32)
+    ratio = tl.zeros((TILE,), tl.float32)
+    for start in range(0, row_count, TILE):
+        i = start + offsets
+        inside = i < row_count
+        loss += tl.load(terms + i, mask=inside, other=0.0)
+        entropy += tl.load(terms + term_stride + i, mask=inside, other=0.0)
+        kl += tl.load(terms + 2 * term_stride + i, mask=inside, other=0.0)
+        bounded += tl.load(terms + 3 * term_stride + i, mask=inside, other=0.0)
+        here = tl.load(terms + 4 * term_stride + i, mask=inside, other=0.0)
+        # A NaN wins, as in torch's max.
+        ratio = tl.where((here > ratio) | (here != here), here, ratio)
+        if mask is not None:
+            inside = inside & (tl.load(mask + i, mask=inside, other=0) != 0)
+        counted += inside.to(tl.int32)
+    count = tl.maximum(tl.sum(counted, 0), 1).to(tl.float32)
+    not_a_number = tl.sum((ratio != ratio).to(tl.int32), 0) > 0
+    tl.store(out, tl.sum(loss, 0))
+    tl.store(out + 1, tl.sum(entropy, 0) / count)
+    tl.store(out + 2, tl.sum(kl, 0) / count)
+    tl.store(out + 3, tl.sum(bounded, 0) / count)
+    tl.store(out + 4, tl.where(not_a_number, float("nan"), tl.max(ratio, 0)))
+
+
+@triton.jit
+def row_table_kernel(
+    cu_seqlens,
+    mask,
+    advantages,
+    importance_ratios,
+    normalizer,
+    row_advantages,
+    row_weights,
+    host_normalizer,
+    PER_ROW: tl.constexpr,
+    RATIO_PER_ROW: tl.constexpr,
+    MEAN: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Each row's advantage and share in the loss; one program per sequence."""
+    sequence = tl.program_id(0)
+    start, stop = tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
+    offsets = tl.arange(0, TILE)
+    length = (stop - start).to(tl.float32)
+    if MEAN:  # noqa: SIM102, both are known when it is compiled
+        if mask is not None:
+            kept = tl.zeros((TILE,), tl.int32)
+            for first in range(start, stop, TILE):
+                i = first + offsets
+                kept += (tl.load(mask + i, mask=i < stop, other=0) != 0).to(tl.int32)
+            length = tl.sum(kept, 0).to(tl.float32)
+    denominator = host_normalizer
+    if normalizer is not None:
+        denominator = tl.load(normalizer)
+    if MEAN:
+        denominator = denominator * tl.maximum(length, 1.0)
+    for first in range(start, stop, TILE):
+        i = first + offsets
+        inside = i < stop
+        if PER_ROW:
+            advantage = tl.load(advantages + i, mask=inside, other=0.0).to(tl.float32)
+        else:
+            advantage = tl.load(advantages + sequence).to(tl.float32) + tl.zeros((TILE,), tl.float32)
+        if importance_ratios is not None:
+            if RATIO_PER_ROW:
+                advantage *= tl.load(importance_ratios + i, mask=inside, other=0.0).to(tl.float32)
+            else:
+                advantage *= tl.load(importance_ratios + sequence).to(tl.float32)
+        tl.store(row_advantages + i, advantage, mask=inside)
+        tl.store(row_weights + i, 1.0 / denominator + tl.zeros((TILE,), tl.float32), mask=inside)
+
+
+@triton.jit
+def scale_kernel(values, scale, out, count, inverse_grad_scale, IN_PLACE: tl.constexpr, TILE: tl.constexpr):
+    """out = values * scale * inverse_grad_scale; in place, a factor of 1 costs no traffic."""
+    factor = tl.load(scale).to(tl.float32) * inverse_grad_scale
+    if IN_PLACE:
+        count = tl.where(factor == 1.0, 0, count)
+    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = i < count
+    scaled = tl.load(values + i, mask=inside, other=0.0).to(tl.float32) * factor
+    tl.store(out + i, scaled.to(out.dtype.element_ty), mask=inside)
+
+
+def loss_rows(
+    logits,
+    token_ids,
+    table,
+    old_log_probs,
+    ref_log_probs,
+    settings,
+    terms,
+    grad_logits,
+    *,
+    mask=None,
+    target=None,
+    uncond=None,
+    guidance=1.0,
+    grad_uncond=None,
+    grad_scale=1.0,
+):
+    """Loss terms (6, M) of M rows and, unless ``grad_logits`` is None, the gradient of their logits times grad_scale.
+
+    logits (M, V), any strides; ``grad_logits`` (M, V) may be ``logits`` itself. ``table`` is (advantages, weights),
+    each (M,). Masked rows get zeros.
+    """
+    count, vocabulary = logits.shape
+    if count == 0:
+        return
+    whole = vocabulary <= WHOLE_ROW
+    tile, warps = tile_and_warps(vocabulary, WHOLE_ROW if whole else None)
+    clip = settings.eps_low is not None
+    cispo = settings.loss_type == "cispo"
+    grad_strides = [0 if grad is None else grad.stride(0) for grad in (grad_logits, grad_uncond)]
+    grpo_rows_kernel[(program_count(count, logits.device, 4 if whole else 1),)](
+        logits,
+        uncond,
+        mask,
+        token_ids,
+        target,
+        *table,
+        old_log_probs,
+        ref_log_probs,
+        terms,
+        grad_logits,
+        grad_uncond,
+        count,
+        terms.stride(0),
+        vocabulary,
+        *logits.stride(),
+        *((0, 0) if uncond is None else uncond.stride()),
+        *grad_strides,
+        guidance,
+        1.0 / settings.temperature,
+        settings.beta,
+        1.0 - settings.eps_low if clip else 0.0,
+        1.0 + settings.eps_high if clip or cispo else 0.0,
+        0.0 if settings.delta is None else settings.delta,
+        grad_scale,
+        CISPO=cispo,
+        CLIP=clip and not cispo,
+        DELTA=settings.delta is not None,
+        WHOLE=whole,
+        TILE=tile,
+        num_warps=warps,
+    )
+
+
+def summarize_terms(terms, mask=None):
+    """(5,) float32: loss, mean entropy, mean k3, clip fraction, largest ratio, from terms (6, M)."""
+    out = torch.empty(SUMMARY, dtype=torch.float32, device=terms.device)
+    summary_kernel[(1,)](terms, mask, out, terms.shape[1], terms.stride(0), TILE=1024, num_warps=8)
+    return out
+
+
+def row_table(cu_seqlens, row_count, mask, advantages, importance_ratios, normalizer, *, mean):
+    """(advantages, weights), each (N,) float32, of every row.
+
+    advantages and importance_ratios (S,) or (N,); normalizer a number or a one-element tensor on the device; ``mean``
+    divides by each sequence's kept rows as well.
+    """
+    device = cu_seqlens.device
+    sequences = cu_seqlens.shape[0] - 1
+    row_advantages, row_weights = torch.empty(2, row_count, dtype=torch.float32, device=device).unbind(0)
+    if row_count == 0:
+        return row_advantages, row_weights
+    on_device = isinstance(normalizer, torch.Tensor)
+    row_table_kernel[(sequences,)](
+        cu_seqlens,
+        mask,
+        advantages,
+        importance_ratios,
+        normalizer if on_device else None,
+        row_advantages,
+        row_weights,
+        1.0 if on_device else float(normalizer),
+        PER_ROW=advantages.shape[0] != sequences,
+        RATIO_PER_ROW=importance_ratios is not None and importance_ratios.shape[0] != sequences,
+        MEAN=mean,
+        TILE=1024,
+    )
+    return row_advantages, row_weights
+
+
+def scale_gradient(values, scale, dtype, grad_scale=1.0):
+    """``values * scale / grad_scale`` as ``dtype``; in place where the type stays, at no cost if the factor is 1.
+
+    values contiguous; scale a one-element tensor on their device, which the host never reads.
+    """
+    out = values if values.dtype == dtype else torch.empty_like(values, dtype=dtype)
+    count = values.numel()
+    if count:
+        tile = 4096
+        scale_kernel[(triton.cdiv(count, tile),)](
+            values, scale, out, count, 1.0 / grad_scale, IN_PLACE=out is values, TILE=tile, num_warps=8
+        )
+    return out

@@ -52,13 +52,16 @@ def check_index_vector(value, name, length, like):
     require(fits, name, f"an int32 or int64 tensor of shape ({length},) on {like.device}", value)
 
 
-def check_index_range(index, name, vocabulary):
-    """Ids within ``[0, vocabulary)``.
+def check_index_range(index, name, vocabulary, mask=None):
+    """Ids within ``[0, vocabulary)`` on the rows that ``mask`` keeps.
 
     Off the CPU only with FASTCORL_KERNELS_DEBUG=1 in the environment, since looking makes the host wait for the device.
     """
     looks = index.device.type == "cpu" or os.environ.get("FASTCORL_KERNELS_DEBUG") == "1"
-    if not looks or index.numel() == 0:
+    if not looks:
+        return
+    index = index if mask is None else index[mask]
+    if index.numel() == 0:
         return
     low, high = int(index.min()), int(index.max())
     if low < 0 or high >= vocabulary:

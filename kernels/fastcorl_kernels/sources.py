@@ -4,10 +4,18 @@ A source yields log-probabilities and takes gradients of logits back to its oper
 ``triton_sources.py`` have the same methods, so that each operation has one autograd function for all of them.
 """
 
+from contextlib import contextmanager
+
 import torch
 
 from fastcorl_kernels.checks import accumulator_dtype
-from fastcorl_kernels.chunking import aligned_spans, head_chunk_rows, logits_chunk_rows, row_spans
+from fastcorl_kernels.chunking import (
+    MINIMUM_CHUNK_ROWS,
+    aligned_spans,
+    head_chunk_rows,
+    logits_chunk_rows,
+    row_spans,
+)
 from fastcorl_kernels.grpo.objective import log_prob_gradient, summarize
 
 
@@ -48,10 +56,10 @@ class Source:
 
     def __init__(self, operands, temperature, rows, row_count, vocabulary):
         self.given = operands
-        self.operands = tuple(operand.detach() for operand in operands)
         self.dtype = accumulator_dtype(*operands)
         self.device = operands[0].device
-        self.temperature = temperature
+        # A copy: the backward must see what the forward saw.
+        self.temperature = temperature.detach().clone() if isinstance(temperature, torch.Tensor) else temperature
         self.rows = rows
         self.count = row_count if rows is None else rows.shape[0]
         self.vocabulary = vocabulary
@@ -61,6 +69,31 @@ class Source:
         """The operands with their graph, once: a source that kept them would keep the graph alive."""
         given, self.given = self.given, None
         return given
+
+    @contextmanager
+    def bound(self, operands):
+        """Work on these operands; outside of it the source holds none, since autograd keeps what a backward needs."""
+        self.operands = tuple(operand.detach() for operand in operands)
+        self.prepare()
+        try:
+            yield self
+        finally:
+            self.release()
+
+    def prepare(self):
+        """What is made of the operands before the first chunk."""
+
+    def release(self):
+        self.operands = None
+
+    def peak(self, weights):
+        """What gradients are divided by on their way through float16, which has no room for a mean over many rows.
+
+        The largest of ``weights``, a one-element tensor; None where nothing is stored in float16.
+        """
+        if not any(operand.dtype == torch.float16 for operand in self.operands) or weights.numel() == 0:
+            return None
+        return weights.abs().amax().clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
 
     def chunk_temperature(self, start, stop):
         if isinstance(self.temperature, torch.Tensor):
@@ -122,24 +155,25 @@ class Source:
         return self.gradients()
 
     def grpo(self, batch, settings, needs):
-        """(GRPOLoss without a graph, gradients of its loss by the operands times a scale, that scale)."""
+        """(GRPOLoss without a graph, gradients of its loss by the operands over a peak, that peak or None)."""
         if not any(needs):
             _, log_probs, entropy = self.log_probs(batch.token_ids, want_entropy=True)
-            return summarize(log_probs, entropy, batch, settings), self.buffers, 1.0
+            return summarize(log_probs, entropy, batch, settings), self.buffers, None
+        peak = self.peak(batch.weights)
         spans = self.loss_spans(batch, settings)
         if spans is None:
             state, log_probs, entropy = self.log_probs(batch.token_ids, want_entropy=True)
-            upstream = log_prob_gradient(log_probs, batch, settings)
+            upstream = over(log_prob_gradient(log_probs, batch, settings), peak)
             gradients = self.differentiate(state, batch.token_ids, upstream, needs)
-            return summarize(log_probs, entropy, batch, settings), gradients, 1.0
+            return summarize(log_probs, entropy, batch, settings), gradients, peak
         self.begin(needs)
         log_probs = torch.empty(self.count, dtype=self.dtype, device=self.device)
         entropy = torch.empty_like(log_probs)
         for start, stop, span in spans:
             log_p, p, log_probs[start:stop], entropy[start:stop] = self.chunk(start, stop, span.token_ids)
-            upstream = log_prob_gradient(log_probs[start:stop], span, settings)
+            upstream = over(log_prob_gradient(log_probs[start:stop], span, settings), peak)
             self.add_chunk(start, stop, log_p, p, span.token_ids, upstream)
-        return summarize(log_probs, entropy, batch, settings), self.gradients(), 1.0
+        return summarize(log_probs, entropy, batch, settings), self.gradients(), peak
 
     def loss_spans(self, batch, settings):
         """(start, stop, their part of the batch) of chunks whose loss needs no row of another.
@@ -160,16 +194,19 @@ class Source:
 
     def gradients(self):
         """What ``begin`` made and ``add`` filled; the source lets go of it."""
-        buffers, self.buffers = self.buffers, [None] * len(self.operands)
+        buffers, self.buffers = self.buffers, [None] * len(self.buffers)
         return buffers
 
-    def scale(self, gradient, grad_loss, dtype, grad_scale):
-        """``gradient * grad_loss / grad_scale`` as ``dtype``; overwrites ``gradient``."""
-        if grad_scale != 1.0:
-            grad_loss = grad_loss / grad_scale
-        if gradient.is_cuda or grad_loss != 1.0:  # on CUDA, looking would make the host wait
-            gradient *= grad_loss
+    def scale(self, gradient, grad_loss, dtype, peak):
+        """``gradient * grad_loss * peak`` as ``dtype``; overwrites ``gradient``."""
+        factor = grad_loss if peak is None else grad_loss * peak.squeeze(0)
+        if gradient.is_cuda or factor != 1.0:  # on CUDA, looking would make the host wait
+            gradient *= factor
         return gradient.to(dtype)
+
+
+def over(values, peak):
+    return values if peak is None else values / peak
 
 
 class LogitsSource(Source):
@@ -235,12 +272,19 @@ class HeadSource(Source):
         operands = (hidden, weight) if bias is None else (hidden, weight, bias)
         super().__init__(operands, temperature, rows, hidden.shape[0], weight.shape[0])
         self.shard = shard
-        self.prepare()
+        # Every process must cut the rows alike, whatever its part of the vocabulary.
+        self.chunk_rows = head_chunk_rows(self.vocabulary) if shard is None else MINIMUM_CHUNK_ROWS
 
     def prepare(self):
         self.weight = self.operands[1].to(self.dtype)
         self.bias = self.operands[2].to(self.dtype) if len(self.operands) == 3 else None
-        self.chunk_rows = head_chunk_rows(self.vocabulary)
+
+    def release(self):
+        super().release()
+        self.weight = self.bias = None
+
+    def peak(self, weights):
+        return None  # gradients are kept in the accumulation type
 
     def hidden_rows(self, start, stop):
         """The hidden states of rows ``start`` to ``stop``: (C, H)."""

@@ -7,17 +7,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fastcorl_kernels import linear_grpo_loss, linear_selective_log_softmax
+from fastcorl_kernels import linear_grpo_loss, linear_selective_log_softmax, sources
 
 BOUNDS = (0, 20, 37)  # uneven, so vocab_start is needed
 LENGTHS = (4, 0, 1, 6)
 
 
-def make_inputs(dtype):
+def make_inputs(dtype, forbidden):
     g = torch.Generator().manual_seed(0)
     hidden, weight, bias, advantages = (torch.randn(*shape, generator=g) for shape in ((11, 5), (37, 5), (37,), (4,)))
-    ids = torch.randint(2, 37, (11,), generator=g)
-    bias[:2] = -torch.inf  # one process's part is partly forbidden
+    ids = torch.randint(20, 37, (11,), generator=g)
+    bias[:forbidden] = -torch.inf
     mask = torch.rand(11, generator=g) > 0.3
     return hidden.to(dtype), weight.to(dtype), bias.to(dtype), ids, advantages.to(dtype), mask
 
@@ -51,22 +51,28 @@ def results(hidden, weight, bias, ids, advantages, mask, backend, **shard):
     return [tensor.detach() for tensor in (*out, *outputs, *torch.autograd.grad(outputs, inputs, upstream))]
 
 
-def run_rank(rank, folder, backend):
+def run_rank(rank, folder, backend, forbidden):
+    sources.MINIMUM_CHUNK_ROWS = 4
+    if backend == "triton":
+        from fastcorl_kernels import triton_sources
+
+        triton_sources.MINIMUM_CHUNK_ROWS = 4
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    hidden, weight, bias, *rest = make_inputs(torch.float64 if backend == "torch" else torch.float32)
+    hidden, weight, bias, *rest = make_inputs(torch.float64 if backend == "torch" else torch.float32, forbidden)
     part = slice(BOUNDS[rank], BOUNDS[rank + 1])
     shard = {"process_group": dist.group.WORLD, "vocab_start": BOUNDS[rank]}
     torch.save(results(hidden, weight[part], bias[part], *rest, backend, **shard), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("forbidden", [2, 20])  # some of the first process's part, or all of it
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_two_processes_agree_with_one(tmp_path, backend):
+def test_two_processes_agree_with_one(tmp_path, backend, forbidden):
     if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton compiles here, for CUDA tensors only")
-    mp.spawn(run_rank, args=(str(tmp_path), backend), nprocs=2)
-    inputs = make_inputs(torch.float64)
+    mp.spawn(run_rank, args=(str(tmp_path), backend, forbidden), nprocs=2)
+    inputs = make_inputs(torch.float64, forbidden)
     expected = results(*inputs, "torch")
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if backend == "triton" else {}

@@ -47,7 +47,7 @@ def group_advantages(
     check_number(eps, "eps")
     columns = 1 if rewards.dim() == 1 else rewards.shape[1]
     if weights is None:
-        weights = torch.ones(columns)
+        weights = torch.ones(columns, dtype=torch.float64, device=rewards.device)
     weights = torch.as_tensor(weights, dtype=torch.float64, device=rewards.device)
     require(tuple(weights.shape) == (columns,), "weights", f"shape ({columns},), one per reward column", weights)
     if resolve_backend(backend, rewards) == "triton":

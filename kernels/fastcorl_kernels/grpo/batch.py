@@ -134,17 +134,16 @@ def prepare_batch(
 
     mask = None if mask is None else mask.contiguous()
     rows = None if mask is None or keep_masked else mask.nonzero().squeeze(1)
-    if keep_masked:
-        check_index_range(token_ids if mask is None or token_ids.is_cuda else token_ids[mask], "token_ids", vocabulary)
-    else:
+    if not keep_masked:
         token_ids = _pick(token_ids, rows)
-        if vocabulary is not None:  # of a shard nobody knows the whole
-            check_index_range(token_ids, "token_ids", vocabulary)
+    if vocabulary is not None:  # of a shard nobody knows the whole
+        check_index_range(token_ids, "token_ids", vocabulary, mask if keep_masked else None)
     make_table = _triton_table if backend == "triton" and settings.importance == "token" else _torch_table
     advantages = advantages.detach().contiguous()
-    row_advantages, weights, sequence_ids, lengths = make_table(
-        settings, cu_seqlens, row_count, mask, rows, advantages, importance_ratios, dtype
-    )
+    with torch.cuda.device_of(scores):
+        row_advantages, weights, sequence_ids, lengths = make_table(
+            settings, cu_seqlens, row_count, mask, rows, advantages, importance_ratios, dtype
+        )
     return TokenBatch(
         row_count=row_count,
         rows=rows,
@@ -186,7 +185,8 @@ def _triton_table(settings, cu_seqlens, row_count, mask, rows, advantages, impor
         else:
             normalizer = mask.sum(dtype=torch.int32).clamp_(min=1).to(dtype)
     elif isinstance(normalizer, torch.Tensor):
-        normalizer = normalizer.detach().reshape(1).to(device=cu_seqlens.device, dtype=dtype)
+        on_host = not normalizer.is_cuda
+        normalizer = float(normalizer) if on_host else normalizer.detach().reshape(1).to(dtype)
     table = row_table(cu_seqlens, row_count, mask, advantages, importance_ratios, normalizer, mean=mean)
     return *(_pick(values, rows) for values in table), None, None
 

@@ -15,13 +15,13 @@ from fastcorl_kernels.log_softmax.triton_kernels import (
     program_count,
     row_statistics,
     store_gradient,
+    strides,
     tile_and_warps,
     tile_gradient,
     tile_statistics,
 )
 
-TERMS = 6  # loss, entropy, k3, whether a bound replaced the ratio, ratio, log-probability
-SUMMARY = 5  # loss, then the means of entropy, k3 and bounded, then the largest ratio
+TERMS = 5  # loss, entropy, k3, whether a bound replaced the ratio, ratio
 
 
 @triton.jit
@@ -82,7 +82,22 @@ def token_objective(
     return loss, grad, kl, bounded, ratio
 
 
-@triton.jit(do_not_specialize=["row_count", "term_stride"])
+# Slices of row vectors begin anywhere, and a new alignment must not compile the kernel anew.
+@triton.jit(
+    do_not_specialize=["row_count", "term_stride"],
+    do_not_specialize_on_alignment=[
+        "mask",
+        "index",
+        "target",
+        "advantages",
+        "weights",
+        "grad_weights",
+        "old_log_probs",
+        "ref_log_probs",
+        "log_probs",
+        "terms",
+    ],
+)
 def grpo_rows_kernel(
     logits,
     uncond,
@@ -91,8 +106,10 @@ def grpo_rows_kernel(
     target,
     advantages,
     weights,
+    grad_weights,
     old_log_probs,
     ref_log_probs,
+    log_probs,
     terms,
     grad_logits,
     grad_uncond,
@@ -111,7 +128,6 @@ def grpo_rows_kernel(
     low,
     high,
     delta,
-    grad_scale,
     CISPO: tl.constexpr,
     CLIP: tl.constexpr,
     DELTA: tl.constexpr,
@@ -180,15 +196,14 @@ def grpo_rows_kernel(
             loss, grad_log_prob, kl, bounded, ratio = token_objective(
                 log_prob, old, ref, tl.load(advantages + i), beta, low, high, delta, CISPO, CLIP, DELTA
             )
-            weight = tl.load(weights + i)
-            tl.store(terms + i, weight * loss)
+            tl.store(terms + i, tl.load(weights + i) * loss)
             tl.store(terms + term_stride + i, entropy)
             tl.store(terms + 2 * term_stride + i, kl)
             tl.store(terms + 3 * term_stride + i, bounded.to(tl.float32))
             tl.store(terms + 4 * term_stride + i, ratio)
-            tl.store(terms + 5 * term_stride + i, log_prob)
+            tl.store(log_probs + i, log_prob)
             if grad_logits is not None:
-                grad_log_prob *= weight * grad_scale
+                grad_log_prob *= tl.load(grad_weights + i)
                 if WHOLE:
                     grad = tile_gradient(x, offsets, chosen, lse, grad_log_prob, None, None)
                     inside = offsets < vocabulary
@@ -212,7 +227,8 @@ def grpo_rows_kernel(
                         grad = tile_gradient(x, columns, chosen, lse, grad_log_prob, None, None)
                         store_gradient(grad, grad_row, grad_uncond_row, columns, inside, guidance, inverse_temperature)
         else:
-            for term in tl.static_range(6):
+            tl.store(log_probs + i, 0.0)
+            for term in tl.static_range(5):
                 tl.store(terms + term * term_stride + i, 0.0)
             if grad_logits is not None:
                 zeros = tl.zeros((TILE,), tl.float32)
@@ -222,8 +238,10 @@ def grpo_rows_kernel(
                     store_gradient(zeros, grad_row, grad_uncond_row, columns, inside, guidance, inverse_temperature)
 
 
-@triton.jit(do_not_specialize=["row_count", "term_stride"])
-def summary_kernel(terms, mask, out, row_count, term_stride, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["row_count", "term_stride"], do_not_specialize_on_alignment=["mask", "terms"])
+def summary_kernel(
+    terms, mask, loss_out, entropy_out, kl_out, bounded_out, ratio_out, row_count, term_stride, TILE: tl.constexpr
+):
     """Sums of the terms in a fixed order: one program."""
     offsets = tl.arange(0, TILE)
     loss = tl.zeros((TILE,), tl.float32)
@@ -247,14 +265,17 @@ def summary_kernel(terms, mask, out, row_count, term_stride, TILE: tl.constexpr)
         counted += inside.to(tl.int32)
     count = tl.maximum(tl.sum(counted, 0), 1).to(tl.float32)
     not_a_number = tl.sum((ratio != ratio).to(tl.int32), 0) > 0
-    tl.store(out, tl.sum(loss, 0))
-    tl.store(out + 1, tl.sum(entropy, 0) / count)
-    tl.store(out + 2, tl.sum(kl, 0) / count)
-    tl.store(out + 3, tl.sum(bounded, 0) / count)
-    tl.store(out + 4, tl.where(not_a_number, float("nan"), tl.max(ratio, 0)))
+    tl.store(loss_out, tl.sum(loss, 0))
+    tl.store(entropy_out, tl.sum(entropy, 0) / count)
+    tl.store(kl_out, tl.sum(kl, 0) / count)
+    tl.store(bounded_out, tl.sum(bounded, 0) / count)
+    tl.store(ratio_out, tl.where(not_a_number, float("nan"), tl.max(ratio, 0)))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["row_count"],
+    do_not_specialize_on_alignment=["mask", "advantages", "importance_ratios", "row_advantages", "row_weights"],
+)
 def row_table_kernel(
     cu_seqlens,
     mask,
@@ -263,6 +284,7 @@ def row_table_kernel(
     normalizer,
     row_advantages,
     row_weights,
+    row_count,
     host_normalizer,
     PER_ROW: tl.constexpr,
     RATIO_PER_ROW: tl.constexpr,
@@ -271,7 +293,9 @@ def row_table_kernel(
 ):
     """Each row's advantage and share in the loss; one program per sequence."""
     sequence = tl.program_id(0)
-    start, stop = tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
+    # Nobody has looked at the boundaries; wrong ones must not reach other memory.
+    start = tl.maximum(tl.load(cu_seqlens + sequence), 0)
+    stop = tl.minimum(tl.load(cu_seqlens + sequence + 1), row_count)
     offsets = tl.arange(0, TILE)
     length = (stop - start).to(tl.float32)
     if MEAN:  # noqa: SIM102, both are known when it is compiled
@@ -303,9 +327,11 @@ def row_table_kernel(
 
 
 @triton.jit
-def scale_kernel(values, scale, out, count, inverse_grad_scale, IN_PLACE: tl.constexpr, TILE: tl.constexpr):
-    """out = values * scale * inverse_grad_scale; in place, a factor of 1 costs no traffic."""
-    factor = tl.load(scale).to(tl.float32) * inverse_grad_scale
+def scale_kernel(values, scale, peak, out, count, IN_PLACE: tl.constexpr, TILE: tl.constexpr):
+    """out = values * scale * peak; in place, a factor of 1 costs no traffic."""
+    factor = tl.load(scale).to(tl.float32)
+    if peak is not None:
+        factor *= tl.load(peak)
     if IN_PLACE:
         count = tl.where(factor == 1.0, 0, count)
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -316,25 +342,24 @@ def scale_kernel(values, scale, out, count, inverse_grad_scale, IN_PLACE: tl.con
 
 def loss_rows(
     logits,
-    token_ids,
-    table,
-    old_log_probs,
-    ref_log_probs,
+    batch,
     settings,
+    log_probs,
     terms,
     grad_logits,
     *,
+    index=None,
     mask=None,
     target=None,
     uncond=None,
     guidance=1.0,
     grad_uncond=None,
-    grad_scale=1.0,
+    peak=None,
 ):
-    """Loss terms (6, M) of M rows and, unless ``grad_logits`` is None, the gradient of their logits times grad_scale.
+    """Log-probabilities (M,), loss terms (5, M) and, unless ``grad_logits`` is None, the gradient of the logits.
 
-    logits (M, V), any strides; ``grad_logits`` (M, V) may be ``logits`` itself. ``table`` is (advantages, weights),
-    each (M,). Masked rows get zeros.
+    logits (M, V), any strides; ``grad_logits`` (M, V) may be ``logits`` itself. ``batch`` has the M rows; masked ones
+    get zeros. ``peak``, a one-element tensor, divides the gradient.
     """
     count, vocabulary = logits.shape
     if count == 0:
@@ -344,15 +369,19 @@ def loss_rows(
     clip = settings.eps_low is not None
     cispo = settings.loss_type == "cispo"
     grad_strides = [0 if grad is None else grad.stride(0) for grad in (grad_logits, grad_uncond)]
+    grad_weights = batch.weights if peak is None else batch.weights / peak
     grpo_rows_kernel[(program_count(count, logits.device, 4 if whole else 1),)](
         logits,
         uncond,
         mask,
-        token_ids,
+        batch.token_ids if index is None else index,
         target,
-        *table,
-        old_log_probs,
-        ref_log_probs,
+        batch.advantages,
+        batch.weights,
+        grad_weights,
+        batch.old_log_probs,
+        batch.ref_log_probs,
+        log_probs,
         terms,
         grad_logits,
         grad_uncond,
@@ -360,7 +389,7 @@ def loss_rows(
         terms.stride(0),
         vocabulary,
         *logits.stride(),
-        *((0, 0) if uncond is None else uncond.stride()),
+        *strides(uncond),
         *grad_strides,
         guidance,
         1.0 / settings.temperature,
@@ -368,7 +397,6 @@ def loss_rows(
         1.0 - settings.eps_low if clip else 0.0,
         1.0 + settings.eps_high if clip or cispo else 0.0,
         0.0 if settings.delta is None else settings.delta,
-        grad_scale,
         CISPO=cispo,
         CLIP=clip and not cispo,
         DELTA=settings.delta is not None,
@@ -379,10 +407,10 @@ def loss_rows(
 
 
 def summarize_terms(terms, mask=None):
-    """(5,) float32: loss, mean entropy, mean k3, clip fraction, largest ratio, from terms (6, M)."""
-    out = torch.empty(SUMMARY, dtype=torch.float32, device=terms.device)
-    summary_kernel[(1,)](terms, mask, out, terms.shape[1], terms.stride(0), TILE=1024, num_warps=8)
-    return out
+    """Scalars, float32: loss, mean entropy, mean k3, clip fraction, largest ratio, from terms (5, M)."""
+    scalars = [torch.empty((), dtype=torch.float32, device=terms.device) for _ in range(TERMS)]
+    summary_kernel[(1,)](terms, mask, *scalars, terms.shape[1], terms.stride(0), TILE=1024, num_warps=8)
+    return scalars
 
 
 def row_table(cu_seqlens, row_count, mask, advantages, importance_ratios, normalizer, *, mean):
@@ -393,7 +421,7 @@ def row_table(cu_seqlens, row_count, mask, advantages, importance_ratios, normal
     """
     device = cu_seqlens.device
     sequences = cu_seqlens.shape[0] - 1
-    row_advantages, row_weights = torch.empty(2, row_count, dtype=torch.float32, device=device).unbind(0)
+    row_advantages, row_weights = (torch.zeros(row_count, dtype=torch.float32, device=device) for _ in range(2))
     if row_count == 0:
         return row_advantages, row_weights
     on_device = isinstance(normalizer, torch.Tensor)
@@ -405,6 +433,7 @@ def row_table(cu_seqlens, row_count, mask, advantages, importance_ratios, normal
         normalizer if on_device else None,
         row_advantages,
         row_weights,
+        row_count,
         1.0 if on_device else float(normalizer),
         PER_ROW=advantages.shape[0] != sequences,
         RATIO_PER_ROW=importance_ratios is not None and importance_ratios.shape[0] != sequences,
@@ -414,16 +443,16 @@ def row_table(cu_seqlens, row_count, mask, advantages, importance_ratios, normal
     return row_advantages, row_weights
 
 
-def scale_gradient(values, scale, dtype, grad_scale=1.0):
-    """``values * scale / grad_scale`` as ``dtype``; in place where the type stays, at no cost if the factor is 1.
+def scale_gradient(values, scale, dtype, peak=None):
+    """``values * scale * peak`` as ``dtype``; in place where the type stays, at no cost if the factor is 1.
 
-    values contiguous; scale a one-element tensor on their device, which the host never reads.
+    values contiguous; scale and peak one-element tensors on their device, which the host never reads.
     """
     out = values if values.dtype == dtype else torch.empty_like(values, dtype=dtype)
     count = values.numel()
     if count:
         tile = 4096
         scale_kernel[(triton.cdiv(count, tile),)](
-            values, scale, out, count, 1.0 / grad_scale, IN_PLACE=out is values, TILE=tile, num_warps=8
+            values, scale, peak, out, count, IN_PLACE=out is values, TILE=tile, num_warps=8
         )
     return out

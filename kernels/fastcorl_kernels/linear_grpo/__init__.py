@@ -50,7 +50,8 @@ def linear_grpo_loss(
         uncond: (N, H), with ``policy="cfg"`` the hidden states without the condition. A head is linear, so the
             guided logits are those of the guided hidden states, and cost one matrix product.
         process_group: splits the vocabulary: weight and bias are this process's rows of the head, everything else is
-            the same on every process. The result is too, and so is the gradient of hidden, already summed.
+            the same on every process. The result is too, and so is the gradient of hidden, already summed. What
+            requires a gradient must agree between processes.
         vocab_start: id of weight's first row; by default the group's rank times V.
         Everything else as in ``grpo_loss``, papers included. A mask, or ``importance="sequence"``, makes the host wait
         for a CUDA device once, to learn how many rows there are.
@@ -84,6 +85,8 @@ def linear_grpo_loss(
         "torch" if shard is not None else backend,
     )
     if uncond is not None:
-        hidden = uncond + guidance * (hidden - uncond)
+        dtype = accumulator_dtype(hidden)
+        guided = uncond.to(dtype) + guidance * (hidden.to(dtype) - uncond.to(dtype))
+        hidden = guided.to(hidden.dtype)
     source = head_source(backend)(hidden, weight, bias, temperature, batch.rows, shard)
     return differentiable_grpo_loss(source, batch, settings)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["row_count"])
+@triton.jit(do_not_specialize=["row_count"], do_not_specialize_on_alignment=["index", "out"])
 def target_logits_kernel(
     hidden, weight, bias, index, out, row_count, vocabulary, width, hidden_stride, weight_stride, column_stride,
     TILE: tl.constexpr,
@@ -19,7 +19,7 @@ def target_logits_kernel(
         columns = start + tl.arange(0, TILE)
         inside = columns < width
         h = tl.load(hidden + i * hidden_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        w = tl.load(weight + chosen * weight_stride + columns * column_stride, mask=inside, other=0.0)
+        w = tl.load(weight + chosen * weight_stride + columns.to(tl.int64) * column_stride, mask=inside, other=0.0)
         total += h * w.to(tl.float32)
     logit = tl.sum(total, 0)
     if bias is not None:

@@ -1,9 +1,9 @@
 """One autograd function for log-probabilities from any source of logits; the backward sees the logits again."""
 
+import functools
 from contextlib import contextmanager
 
 import torch
-from torch.autograd.function import once_differentiable
 
 
 def needed_gradients(*operands):
@@ -18,24 +18,45 @@ def op_context(tensor):
         yield
 
 
+def first_derivative_only(backward):
+    """A backward whose result raises when it is differentiated, also where torch's own decorator stays silent.
+
+    ``once_differentiable`` passes what depends on the saved tensors alone, such as the gradient of a plain loss.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx, *grads):
+        creates_graph = torch.is_grad_enabled()
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not creates_graph:
+            return results
+        raises = torch._C._functions.DelayedError(b"fastcorl_kernels: only first derivatives exist", len(results))
+        return raises(*(None if r is None else r.detach().requires_grad_() for r in results))
+
+    return wrapped
+
+
 class LogProbsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, source, index, want_entropy, needs, *operands):
         ctx.source, ctx.needs = source, needs
         ctx.set_materialize_grads(False)
-        state, log_probs, entropy = source.log_probs(index, want_entropy)
+        with source.bound(operands):
+            state, log_probs, entropy = source.log_probs(index, want_entropy)
         # Saving the operands makes autograd notice if they change before the backward.
         ctx.save_for_backward(index, state, entropy, *operands)
         return (log_probs, entropy) if want_entropy else log_probs
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_log_probs, grad_entropy=None):
         index, state, entropy, *operands = ctx.saved_tensors
+        source = ctx.source
         if grad_log_probs is None:
-            grad_log_probs = torch.zeros(index.shape, dtype=ctx.source.dtype, device=index.device)
-        with op_context(index):
-            gradients = ctx.source.differentiate(state, index, grad_log_probs, ctx.needs, entropy, grad_entropy)
+            grad_log_probs = torch.zeros(index.shape, dtype=source.dtype, device=index.device)
+        with op_context(index), source.bound(operands):
+            gradients = source.differentiate(state, index, grad_log_probs, ctx.needs, entropy, grad_entropy)
         grads = [None if g is None else g.to(o.dtype) for g, o in zip(gradients, operands, strict=True)]
         return None, None, None, None, *grads
 
@@ -47,5 +68,6 @@ def differentiable_log_probs(source, index, want_entropy):
     with op_context(index):
         if any(needs):
             return LogProbsFunction.apply(source, index, want_entropy, needs, *operands)
-        _, log_probs, entropy = source.log_probs(index, want_entropy)
+        with source.bound(operands):
+            _, log_probs, entropy = source.log_probs(index, want_entropy)
     return (log_probs, entropy) if want_entropy else log_probs

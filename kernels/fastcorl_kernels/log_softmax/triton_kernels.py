@@ -71,7 +71,7 @@ def row_statistics(
     m = float("-inf")
     s = 0.0
     t = 0.0
-    for start in range(0, vocabulary, TILE):
+    for start in tl.range(0, vocabulary, TILE, num_stages=3):  # loads run ahead of the reductions
         columns = start + tl.arange(0, TILE)
         x = load_tile(
             row,
@@ -112,7 +112,18 @@ def store_gradient(grad, grad_row, grad_uncond_row, columns, inside, guidance, i
         tl.store(grad_uncond_row + columns, uncond_grad.to(grad_uncond_row.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["row_count"])
+@triton.jit(
+    do_not_specialize=["row_count"],
+    do_not_specialize_on_alignment=[
+        "rows",
+        "index",
+        "target",
+        "lse_out",
+        "log_prob_out",
+        "entropy_out",
+        "inverse_temperatures",
+    ],
+)
 def statistics_kernel(
     logits,
     uncond,
@@ -168,7 +179,19 @@ def statistics_kernel(
             tl.store(entropy_out + i, entropy)
 
 
-@triton.jit(do_not_specialize=["row_count"])
+@triton.jit(
+    do_not_specialize=["row_count"],
+    do_not_specialize_on_alignment=[
+        "rows",
+        "index",
+        "target",
+        "lse",
+        "grad_log_probs",
+        "entropies",
+        "grad_entropies",
+        "inverse_temperatures",
+    ],
+)
 def gradient_kernel(
     logits,
     uncond,
@@ -261,7 +284,7 @@ def _temperature_arguments(temperature):
     return None, 1.0 / temperature
 
 
-def _strides(matrix):
+def strides(matrix):
     return (0, 0) if matrix is None else matrix.stride()
 
 
@@ -272,9 +295,10 @@ def row_log_probs(logits, index, temperature, want_entropy, *, rows=None, target
     the raw logits of ``index`` (M,). An index outside of [0, V) has log-probability -inf.
     """
     count = index.shape[0]
-    lse, log_probs, entropy = torch.empty(3, count, dtype=torch.float32, device=logits.device).unbind(0)
+    lse, log_probs = (torch.empty(count, dtype=torch.float32, device=logits.device) for _ in range(2))
+    entropy = torch.empty_like(lse) if want_entropy else None
     if count == 0:
-        return lse, log_probs, entropy if want_entropy else None
+        return lse, log_probs, entropy
     tile, warps = tile_and_warps(logits.shape[1])
     inverse_temperatures, inverse_temperature = _temperature_arguments(temperature)
     statistics_kernel[(program_count(count, logits.device, 4),)](
@@ -285,18 +309,18 @@ def row_log_probs(logits, index, temperature, want_entropy, *, rows=None, target
         target,
         lse,
         log_probs,
-        entropy if want_entropy else None,
+        entropy,
         count,
         logits.shape[1],
         *logits.stride(),
-        *_strides(uncond),
+        *strides(uncond),
         guidance,
         inverse_temperatures,
         inverse_temperature,
         TILE=tile,
         num_warps=warps,
     )
-    return lse, log_probs, entropy if want_entropy else None
+    return lse, log_probs, entropy
 
 
 def row_gradients(
@@ -339,7 +363,7 @@ def row_gradients(
         count,
         logits.shape[1],
         *logits.stride(),
-        *_strides(uncond),
+        *strides(uncond),
         out.stride(0),
         0 if uncond_out is None else uncond_out.stride(0),
         guidance,

@@ -25,8 +25,16 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
+# Tables and JSON go to RESULTS; bench/results/ holds those that are quoted.
+RESULTS ?= runs/bench
+bench-gpu: RESULTS = bench/results/h200
+
 bench: install
-	$(BIN)/python -m pytest bench --benchmark-only -m "not gpu" $(ARGS)
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m pytest bench --benchmark-only -m "not gpu" --benchmark-json=$(RESULTS)/kernels.json $(ARGS)
+	$(BIN)/python -m bench.summary $(RESULTS)/kernels.json > $(RESULTS)/kernels.md
 
 bench-gpu: install
-	$(BIN)/python -m pytest bench --benchmark-only -m gpu $(ARGS)
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m pytest bench --benchmark-only -m gpu --benchmark-json=$(RESULTS)/kernels.json $(ARGS)
+	$(BIN)/python -m bench.summary $(RESULTS)/kernels.json > $(RESULTS)/kernels.md

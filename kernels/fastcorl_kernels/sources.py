@@ -273,7 +273,7 @@ class HeadSource(Source):
         super().__init__(operands, temperature, rows, hidden.shape[0], weight.shape[0])
         self.shard = shard
         # Every process must cut the rows alike, whatever its part of the vocabulary.
-        self.chunk_rows = head_chunk_rows(self.vocabulary) if shard is None else MINIMUM_CHUNK_ROWS
+        self.chunk_rows = MINIMUM_CHUNK_ROWS if shard else head_chunk_rows(self.vocabulary, self.device)
 
     def prepare(self):
         self.weight = self.operands[1].to(self.dtype)

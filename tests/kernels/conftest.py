@@ -132,7 +132,12 @@ def loop_grpo_loss():
 @pytest.fixture
 def set_chunk_rows(monkeypatch):
     """``set_chunk_rows(rows, vocabulary)`` makes the linear ops work on that many rows at a time."""
-    return lambda rows, vocabulary: monkeypatch.setattr(chunking, "CHUNK_ELEMENTS", rows * vocabulary)
+
+    def set_rows(rows, vocabulary):
+        monkeypatch.setattr(chunking, "CHUNK_ELEMENTS", rows * vocabulary)
+        monkeypatch.setattr(chunking, "CHUNK_ROWS", 1)
+
+    return set_rows
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -1,4 +1,4 @@
-"""A compiled function may call the ops; they run as they are, between its compiled parts."""
+"""A compiled function may call the ops; they run with what graph breaks that takes."""
 
 import pytest
 import torch

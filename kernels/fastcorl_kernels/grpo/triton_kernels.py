@@ -326,7 +326,7 @@ def row_table_kernel(
         tl.store(row_weights + i, 1.0 / denominator + tl.zeros((TILE,), tl.float32), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def scale_kernel(values, scale, peak, out, count, IN_PLACE: tl.constexpr, TILE: tl.constexpr):
     """out = values * scale * peak; in place, a factor of 1 costs no traffic."""
     factor = tl.load(scale).to(tl.float32)

@@ -1,0 +1,66 @@
+"""What the kernels are to reach, checked against the entries of one run."""
+
+from dataclasses import dataclass
+
+OURS = "fastcorl"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``measure`` of our entry and the rival's is to be at most, or at least, ``bound``."""
+
+    op: str
+    shape: str
+    rival: str  # a provider, "floor", or another shape of our own
+    measure: str
+    bound: float
+
+    def value(self, entries):
+        """The measured number, or None if the run lacks an entry."""
+        ours = entries.get((self.op, self.shape, OURS))
+        rival = entries.get((self.op, self.shape, self.rival)) or entries.get((self.op, self.rival, OURS))
+        if ours is None or (rival is None and self.rival != "floor"):
+            return None
+        return MEASURES[self.measure][1](ours, rival)
+
+    def reached(self, value):
+        return value >= self.bound if MEASURES[self.measure][0] == "≥" else value <= self.bound
+
+
+MEASURES = {
+    "time / floor": ("≤", lambda ours, _: ours["ratio_to_floor"]),
+    "TB/s": ("≥", lambda ours, _: ours["rate"] / 1e12),
+    "times as fast as": ("≥", lambda ours, rival: rival["ratio_to_ours"]),
+    "extra memory /": ("≤", lambda ours, rival: ours["extra_mib"] / rival["extra_mib"]),
+}
+
+GOALS = (
+    *(
+        Goal(op, "small", rival, measure, bound)
+        for op in ("selective_log_softmax", "grpo_loss")
+        for rival in ("torch", "TRL")
+        for measure, bound in (("times as fast as", 1.0), ("extra memory /", 0.2))
+    ),
+    Goal("linear_grpo_loss", "small, trained", "torch", "times as fast as", 1.0),
+    Goal("linear_grpo_loss", "small, frozen", "torch", "times as fast as", 1.0),
+    Goal("linear_grpo_loss", "small, trained, half masked", "torch", "times as fast as", 1.0),
+    Goal("linear_grpo_loss", "small, trained, 4 times the rows", "small, trained", "extra memory /", 1.1),
+    Goal("linear_grpo_loss", "Janus-Pro-1B text", "floor", "time / floor", 1.2),
+    Goal("linear_grpo_loss", "Janus-Pro-1B text", "Liger, scaled cross-entropy", "times as fast as", 1.3),
+    Goal("linear_grpo_loss", "Janus-Pro-1B text", "Liger, chunked", "times as fast as", 8.0),
+    Goal("linear_grpo_loss", "Janus-Pro-1B image", "floor", "time / floor", 1.25),
+    Goal("grpo_loss", "Janus-Pro text", "floor", "time / floor", 1.2),
+    Goal("grpo_loss", "Janus-Pro text", "Liger", "times as fast as", 1.4),
+    Goal("selective_log_softmax, forward", "Janus-Pro text", "floor", "TB/s", 3.5),
+)
+
+
+def goal_rows(entries):
+    """A markdown row for each goal that the entries can judge; ``entries`` by (op, shape, provider)."""
+    for goal in GOALS:
+        value = goal.value(entries)
+        if value is not None:
+            comparison = "" if goal.rival == "floor" else f" {goal.rival}"
+            wanted = f"{goal.measure}{comparison} {MEASURES[goal.measure][0]} {goal.bound:g}"
+            verdict = "reached" if goal.reached(value) else "**missed**"
+            yield f"| {goal.op} | {goal.shape} | {wanted} | {value:.2f} | {verdict} |"

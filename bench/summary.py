@@ -1,0 +1,75 @@
+"""Markdown tables from pytest-benchmark's JSON: ``python -m bench.summary RESULTS.json... > TABLES.md``."""
+
+import json
+import sys
+from itertools import groupby
+from pathlib import Path
+
+from bench.goals import goal_rows
+
+HEADER = """| shape | provider | median | / floor | / fastcorl | rate | extra MiB | error |
+|---|---|--:|--:|--:|--:|--:|--:|"""
+
+GOALS_HEADER = """| op | shape | goal | measured | |
+|---|---|---|--:|---|"""
+
+LEGEND = """
+`/ floor` and `/ fastcorl` are medians of ratios within one round, in which the floor, fastcorl and the provider run one
+after the other; above 1 is slower. The floor is a copy that moves the bytes that the op must move, or the matrix
+products that it cannot do without; `rate` is that work over the median. `extra MiB` is the peak above the inputs and
+outside of the outputs and gradients. `error` is the largest relative error in norm of an output or a gradient, against
+float64; that of a loss is absolute."""
+
+
+def title(result):
+    """Machine, versions and date of one run."""
+    machine = result["machine_info"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
+    device = f"{machine['gpu']}, CUDA {machine['cuda']}; " if machine["gpu"] else ""
+    host = f"{machine['cpu']}, {machine['threads']} threads; Python {machine['python']}"
+    return f"{result['datetime'][:10]}. {device}{host}, {packages}."
+
+
+def duration(seconds):
+    unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if seconds >= s), ("µs", 1e-6))
+    return f"{seconds / scale:.3g} {unit}"
+
+
+def rate(entry):
+    prefix, scale = next(((p, s) for p, s in (("T", 1e12), ("G", 1e9)) if entry["rate"] >= s), ("M", 1e6))
+    return f"{entry['rate'] / scale:.3g} {prefix}{entry['unit']}/s"
+
+
+def row(entry):
+    cells = (
+        entry["shape"],
+        entry["provider"],
+        duration(entry["median_s"]),
+        f"{entry['ratio_to_floor']:.2f}",
+        f"{entry['ratio_to_ours']:.2f}",
+        rate(entry),
+        f"{entry['extra_mib']:.1f}",
+        f"{entry['error']:.0e}",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def tables(entries):
+    """One table for each op."""
+    for op, group in groupby(entries, key=lambda entry: entry["op"]):
+        yield f"\n## {op}\n{HEADER}"
+        yield from map(row, group)
+
+
+def main(paths):
+    results = [json.loads(Path(path).read_text()) for path in paths]
+    entries = [benchmark["extra_info"] for result in results for benchmark in result["benchmarks"]]
+    print("\n".join(dict.fromkeys(map(title, results))), LEGEND, sep="\n")
+    goals = list(goal_rows({(entry["op"], entry["shape"], entry["provider"]): entry for entry in entries}))
+    if goals:
+        print("\n## Goals", GOALS_HEADER, *goals, sep="\n")
+    print(*tables(entries), sep="\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,6 +1,13 @@
 """The random tiny policy, built once; folders that need another kind of `policy` or `prompts` override these."""
 
+import os
+
 import pytest
+import torch
+
+# Before anything imports Triton, whose own functions are interpreted or compiled from then on.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """A random GRPO problem, and the losses written once more with loops, by hand from the papers."""
 
-import os
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -9,10 +8,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcorl_kernels import chunking
-
-# Before any module with Triton kernels is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _make_problem(seed=0, lengths=(4, 0, 1, 6), hidden_size=5, vocabulary=11, masked=True, dtype=torch.float64):

@@ -86,12 +86,16 @@ class Source:
     def release(self):
         self.operands = None
 
+    def keeps_float16(self):
+        """Whether gradients are stored in float16 on their way."""
+        return any(operand.dtype == torch.float16 for operand in self.operands)
+
     def peak(self, weights):
         """What gradients are divided by on their way through float16, which has no room for a mean over many rows.
 
         The largest of ``weights``, a one-element tensor; None where nothing is stored in float16.
         """
-        if not any(operand.dtype == torch.float16 for operand in self.operands) or weights.numel() == 0:
+        if not self.keeps_float16() or weights.numel() == 0:
             return None
         return weights.abs().amax().clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
 
@@ -156,16 +160,10 @@ class Source:
 
     def grpo(self, batch, settings, needs):
         """(GRPOLoss without a graph, gradients of its loss by the operands over a peak, that peak or None)."""
-        if not any(needs):
-            _, log_probs, entropy = self.log_probs(batch.token_ids, want_entropy=True)
-            return summarize(log_probs, entropy, batch, settings), self.buffers, None
-        peak = self.peak(batch.weights)
-        spans = self.loss_spans(batch, settings)
+        spans = self.loss_spans(batch, settings) if any(needs) else None
         if spans is None:
-            state, log_probs, entropy = self.log_probs(batch.token_ids, want_entropy=True)
-            upstream = over(log_prob_gradient(log_probs, batch, settings), peak)
-            gradients = self.differentiate(state, batch.token_ids, upstream, needs)
-            return summarize(log_probs, entropy, batch, settings), gradients, peak
+            return self.two_passes(batch, settings, needs)
+        peak = self.peak(batch.weights)
         self.begin(needs)
         log_probs = torch.empty(self.count, dtype=self.dtype, device=self.device)
         entropy = torch.empty_like(log_probs)
@@ -174,6 +172,16 @@ class Source:
             upstream = over(log_prob_gradient(log_probs[start:stop], span, settings), peak)
             self.add_chunk(start, stop, log_p, p, span.token_ids, upstream)
         return summarize(log_probs, entropy, batch, settings), self.gradients(), peak
+
+    def two_passes(self, batch, settings, needs):
+        """``grpo`` with all log-probabilities first and then the gradients, if any are needed."""
+        state, log_probs, entropy = self.log_probs(batch.token_ids, want_entropy=True)
+        result = summarize(log_probs, entropy, batch, settings)
+        if not any(needs):
+            return result, self.buffers, None
+        peak = self.peak(batch.weights)
+        upstream = over(log_prob_gradient(log_probs, batch, settings), peak)
+        return result, self.differentiate(state, batch.token_ids, upstream, needs), peak
 
     def loss_spans(self, batch, settings):
         """(start, stop, their part of the batch) of chunks whose loss needs no row of another.
@@ -283,8 +291,8 @@ class HeadSource(Source):
         super().release()
         self.weight = self.bias = None
 
-    def peak(self, weights):
-        return None  # gradients are kept in the accumulation type
+    def keeps_float16(self):
+        return False  # but in the accumulation type
 
     def hidden_rows(self, start, stop):
         """The hidden states of rows ``start`` to ``stop``: (C, H)."""

@@ -53,7 +53,7 @@ class TritonLogitsSource(_TritonScale, LogitsSource):
 
     def grpo(self, batch, settings, needs):
         if settings.importance == "sequence":
-            return super().grpo(batch, settings, needs)
+            return self.two_passes(batch, settings, needs)
         log_probs = torch.empty(self.count, dtype=torch.float32, device=self.device)
         terms = torch.empty(TERMS, self.count, dtype=torch.float32, device=self.device)
         peak = None
@@ -96,10 +96,8 @@ class TritonHeadSource(_TritonScale, HeadSource):
         super().release()
         self.hidden = None
 
-    def peak(self, weights):
-        if self.hidden.dtype != torch.float16 or weights.numel() == 0:
-            return None
-        return weights.abs().amax().clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
+    def keeps_float16(self):
+        return self.hidden.dtype == torch.float16
 
     def step(self, trained):
         """Rows of a chunk; on every process of a shard the same."""
@@ -188,7 +186,7 @@ class TritonHeadSource(_TritonScale, HeadSource):
         self.chunk_rows = self.step(trained=needs[1])
         spans = self.loss_spans(batch, settings)
         if spans is None:
-            return super().grpo(batch, settings, needs)
+            return self.two_passes(batch, settings, needs)
         fused = settings.importance == "token" and self.shard is None
         wants_gradient = any(needs)
         peak = self.peak(batch.weights) if wants_gradient else None

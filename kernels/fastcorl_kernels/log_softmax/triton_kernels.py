@@ -14,6 +14,13 @@ WHOLE_ROW = 16384  # a row up to this long stays in registers between its two us
 
 
 @triton.jit
+def guided(c, u, inside, guidance):
+    """u + guidance * (c - u); -inf where both are, and outside of the row."""
+    both = (c == float("-inf")) & (u == float("-inf"))
+    return tl.where(inside & (both == 0), u + guidance * (c - u), float("-inf"))
+
+
+@triton.jit
 def load_tile(row, uncond_row, columns, inside, stride, uncond_stride, index, target, guidance, inverse_temperature):
     """Logits of one tile over the temperature, float32; -inf outside of the row.
 
@@ -23,8 +30,7 @@ def load_tile(row, uncond_row, columns, inside, stride, uncond_stride, index, ta
     x = tl.load(row + columns.to(tl.int64) * stride, mask=inside, other=float("-inf")).to(tl.float32)
     if uncond_row is not None:
         u = tl.load(uncond_row + columns.to(tl.int64) * uncond_stride, mask=inside, other=0.0).to(tl.float32)
-        both = (x == float("-inf")) & (u == float("-inf"))
-        x = tl.where(inside & (both == 0), u + guidance * (x - u), float("-inf"))
+        x = guided(x, u, inside, guidance)
     if target is not None:
         x = tl.where(columns == index, target, x)
     return x * inverse_temperature
@@ -37,8 +43,7 @@ def load_target(row, uncond_row, stride, uncond_stride, index, vocabulary, guida
     x = tl.load(row + index * stride, mask=inside, other=float("-inf")).to(tl.float32)
     if uncond_row is not None:
         u = tl.load(uncond_row + index * uncond_stride, mask=inside, other=0.0).to(tl.float32)
-        both = (x == float("-inf")) & (u == float("-inf"))
-        x = tl.where(inside & (both == 0), u + guidance * (x - u), float("-inf"))
+        x = guided(x, u, inside, guidance)
     return x
 
 

@@ -1,7 +1,6 @@
 """Trains the tiny BLIP that recaptions drawings."""
 
 import random
-import time
 
 import torch
 from transformers import BlipForConditionalGeneration, JanusVQVAE, PreTrainedTokenizerFast
@@ -10,6 +9,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from fastcorl.quickstart.scenes import IMAGE_SIZE
 from fastcorl.quickstart.warm_start.architecture import blip_config
 from fastcorl.quickstart.warm_start.batches import disturb, scene_batches, to_pixels
+from fastcorl.quickstart.warm_start.descent import Descent
 from fastcorl.quickstart.warm_start.vision import train_vision
 
 
@@ -34,12 +34,10 @@ def train_captioner(
     blip = BlipForConditionalGeneration(blip_config(tokenizer)).train()
     train_vision(blip.vision_model, steps=vision_steps, seed=seed, log=log)
     blip.vision_model.requires_grad_(False)
-    decoder = list(blip.text_decoder.parameters())
-    optimizer = torch.optim.AdamW(decoder, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.5e-3, total_steps=steps, pct_start=0.1)
+    decoder = blip.text_decoder.parameters()
+    descent = Descent("captioner", decoder, steps=steps, peak_learning_rate=1.5e-3, log=log)
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-    start = time.time()
-    for step, scenes in zip(range(steps), scene_batches(batch_size, seed + 1), strict=False):
+    for _, scenes in zip(range(steps), scene_batches(batch_size, seed + 1), strict=False):
         rng.shuffle(scenes)
         pixels = to_pixels([scene.image for scene in scenes])
         with torch.no_grad():
@@ -56,11 +54,5 @@ def train_captioner(
         loss = blip(
             pixel_values=pixels, input_ids=text["input_ids"], attention_mask=text["attention_mask"], labels=labels
         ).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(decoder, 1.0)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 50 == 0:
-            log(f"captioner {step + 1}/{steps} loss {loss:.4f} ({time.time() - start:.0f} s)")
+        descent.step(loss, loss=loss)
     return blip.eval()

@@ -1,7 +1,6 @@
 """Supervised start of the policy: draws captions it is given and answers questions, both only half learned."""
 
 import random
-import time
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from fastcorl.quickstart.grammar import Question, ask
 from fastcorl.quickstart.scenes import Scene, sample_items
 from fastcorl.quickstart.warm_start.architecture import ROLES, generation_config, janus_config
 from fastcorl.quickstart.warm_start.batches import scene_batches, to_pixels
+from fastcorl.quickstart.warm_start.descent import Descent
 from fastcorl.records import PackedBatch
 
 UNCONDITIONAL = 0.1
@@ -115,13 +115,17 @@ def train_language(
     for frozen in (vq, janus.model.vision_model, janus.model.generation_embeddings):
         frozen.requires_grad_(False)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=cycle.peak_learning_rate, total_steps=cycle.steps, pct_start=0.05
+    descent = Descent(
+        "policy",
+        parameters,
+        steps=cycle.steps,
+        peak_learning_rate=cycle.peak_learning_rate,
+        warmup=0.05,
+        weight_decay=0.01,
+        log=log,
     )
     rng = random.Random(seed)
-    start = time.time()
-    for step, scenes in zip(range(cycle.steps), scene_batches(drawings + answers, 100 * seed), strict=False):
+    for _, scenes in zip(range(cycle.steps), scene_batches(drawings + answers, 100 * seed), strict=False):
         with torch.no_grad():
             pixels = to_pixels([scene.image for scene in scenes[:drawings]])
             codes = vq.encode(pixels, return_dict=True).image_tokens.view(len(pixels), -1)
@@ -131,14 +135,7 @@ def train_language(
         code_logits = policy.image_head(policy.image_head_input(hidden[code_rows]))
         image_loss = F.cross_entropy(code_logits, code_targets[code_rows])
         text_loss = F.cross_entropy(policy.text_head(hidden[text_rows]), text_targets[text_rows])
-        optimizer.zero_grad()
-        (image_loss + text_loss).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 50 == 0:
-            elapsed = time.time() - start
-            log(f"policy {step + 1}/{cycle.steps} image {image_loss:.4f} text {text_loss:.4f} ({elapsed:.0f} s)")
+        descent.step(image_loss + text_loss, image=image_loss, text=text_loss)
     janus.eval()
 
 
@@ -160,11 +157,18 @@ def train_letters(
     parameters = [*model.parameters(), *head.parameters()]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps, pct_start=0.05)
+    descent = Descent(
+        "letters",
+        parameters,
+        steps=steps,
+        peak_learning_rate=1e-3,
+        warmup=0.05,
+        weight_decay=0.01,
+        log=log,
+        log_every=20,
+    )
     rng = random.Random(seed)
-    start = time.time()
-    for step in range(steps):
+    for _ in range(steps):
         questions = [ask(sample_items(rng), rng, "MC") for _ in range(rows)]
         texts = [f"{q.problem}\n\n{ROLES[1]}:{q.solution.removesuffix(q.answer + '</answer>')}" for q in questions]
         inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False)
@@ -172,10 +176,4 @@ def train_letters(
         hidden = model(input_ids=inputs["input_ids"]).last_hidden_state[torch.arange(rows), last]
         letters = torch.tensor(tokenizer.convert_tokens_to_ids([q.answer for q in questions]))
         loss = F.cross_entropy(head(hidden), letters)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 20 == 0:
-            log(f"letters {step + 1}/{steps} loss {loss:.4f} ({time.time() - start:.0f} s)")
+        descent.step(loss, loss=loss)

@@ -1,7 +1,6 @@
 """Teaches a vision tower to read digits, before any language."""
 
 import random
-import time
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from fastcorl.quickstart.grammar import COLOURS, Item
 from fastcorl.quickstart.scenes import render
 from fastcorl.quickstart.warm_start.batches import disturb, to_pixels
+from fastcorl.quickstart.warm_start.descent import Descent
 
 CELLS_PER_SIDE = 2
 
@@ -25,11 +25,10 @@ def train_vision(tower: torch.nn.Module, *, steps: int, batch_size: int = 64, se
     torch.manual_seed(seed)
     heads = torch.nn.ModuleList(torch.nn.Linear(width, classes) for classes in (10, 10, len(colours)))
     mean_head, digit_head, colour_head = heads
-    parameters = [*tower.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps, pct_start=0.1)
+    descent = Descent(
+        "vision", [*tower.parameters(), *heads.parameters()], steps=steps, peak_learning_rate=1e-3, log=log
+    )
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-    start = time.time()
     for step in range(steps):
         scenes = [
             tuple(Item(rng.randrange(10), rng.choice(colours), place) for place in range(CELLS_PER_SIDE**2))
@@ -46,14 +45,8 @@ def train_vision(tower: torch.nn.Module, *, steps: int, batch_size: int = 64, se
         mean_loss = F.cross_entropy(mean_head(patches.mean(2)).flatten(0, 1), digits.flatten())
         digit_loss = _loss_by_patch(digit_head(patches), digits)
         colour_loss = _loss_by_patch(colour_head(patches), names)
-        optimizer.zero_grad()
-        (mean_loss + digit_loss + colour_loss).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 50 == 0:
-            elapsed = time.time() - start
-            log(f"vision {step + 1}/{steps} digits by cell {mean_loss:.4f} by patch {digit_loss:.4f} ({elapsed:.0f} s)")
+        loss = mean_loss + digit_loss + colour_loss
+        descent.step(loss, digits_by_cell=mean_loss, digits_by_patch=digit_loss)
 
 
 def _loss_by_patch(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

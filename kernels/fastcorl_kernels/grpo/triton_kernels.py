@@ -9,17 +9,15 @@ import triton
 import triton.language as tl
 
 from fastcorl_kernels.grpo.triton_objective import token_objective
-from fastcorl_kernels.log_softmax.triton_kernels import (
-    WHOLE_ROW,
+from fastcorl_kernels.log_softmax.triton_kernels import WHOLE_ROW, program_count, strides, tile_and_warps
+from fastcorl_kernels.log_softmax.triton_rows import (
     load_target,
     load_tile,
-    program_count,
     row_statistics,
     store_gradient,
-    strides,
-    tile_and_warps,
     tile_gradient,
     tile_statistics,
+    write_row_gradient,
 )
 
 TERMS = 5  # loss, entropy, k3, whether a bound replaced the ratio, ratio
@@ -152,23 +150,24 @@ def grpo_rows_kernel(
                     inside = offsets < vocabulary
                     store_gradient(grad, grad_row, grad_uncond_row, offsets, inside, guidance, inverse_temperature)
                 else:
-                    for start in range(0, vocabulary, TILE):
-                        columns = start + offsets
-                        inside = columns < vocabulary
-                        x = load_tile(
-                            row,
-                            uncond_row,
-                            columns,
-                            inside,
-                            stride,
-                            uncond_stride,
-                            chosen,
-                            replaced,
-                            guidance,
-                            inverse_temperature,
-                        )
-                        grad = tile_gradient(x, columns, chosen, lse, grad_log_prob, None, None)
-                        store_gradient(grad, grad_row, grad_uncond_row, columns, inside, guidance, inverse_temperature)
+                    write_row_gradient(
+                        row,
+                        uncond_row,
+                        grad_row,
+                        grad_uncond_row,
+                        stride,
+                        uncond_stride,
+                        chosen,
+                        replaced,
+                        vocabulary,
+                        guidance,
+                        inverse_temperature,
+                        lse,
+                        grad_log_prob,
+                        None,
+                        None,
+                        TILE,
+                    )
         else:
             tl.store(log_probs + i, 0.0)
             for term in tl.static_range(5):

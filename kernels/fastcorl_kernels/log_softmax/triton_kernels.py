@@ -1,120 +1,16 @@
-"""Triton kernels over rows of logits: statistics of each row, and the gradient of its log-probability and entropy.
+"""Triton kernels over rows of logits: log-probabilities and entropies, and the gradient of the logits.
 
-A program walks whole rows, a tile at a time, and keeps a running maximum, sum and weighted sum (online softmax), so a
-row is read once for its statistics and once more for its gradient, which may overwrite the logits. All arithmetic is
-float32. Nothing is added atomically, so results repeat bit for bit.
+A program walks whole rows. Nothing is added atomically, so results repeat bit for bit.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from fastcorl_kernels.log_softmax.triton_rows import load_target, row_statistics, write_row_gradient
+
 MAX_TILE = 8192
 WHOLE_ROW = 16384  # a row up to this long stays in registers between its two uses
-
-
-@triton.jit
-def guided(c, u, inside, guidance):
-    """u + guidance * (c - u); -inf where both are, and outside of the row."""
-    both = (c == float("-inf")) & (u == float("-inf"))
-    return tl.where(inside & (both == 0), u + guidance * (c - u), float("-inf"))
-
-
-@triton.jit
-def load_tile(row, uncond_row, columns, inside, stride, uncond_stride, index, target, guidance, inverse_temperature):
-    """Logits of one tile over the temperature, float32; -inf outside of the row.
-
-    With ``uncond_row`` they are the guided logits u + guidance * (c - u). ``target``, where given, replaces the logit
-    of ``index``.
-    """
-    x = tl.load(row + columns.to(tl.int64) * stride, mask=inside, other=float("-inf")).to(tl.float32)
-    if uncond_row is not None:
-        u = tl.load(uncond_row + columns.to(tl.int64) * uncond_stride, mask=inside, other=0.0).to(tl.float32)
-        x = guided(x, u, inside, guidance)
-    if target is not None:
-        x = tl.where(columns == index, target, x)
-    return x * inverse_temperature
-
-
-@triton.jit
-def load_target(row, uncond_row, stride, uncond_stride, index, vocabulary, guidance):
-    """The raw logit of ``index``, float32; -inf where ``index`` is not in the row."""
-    inside = (index >= 0) & (index < vocabulary)
-    x = tl.load(row + index * stride, mask=inside, other=float("-inf")).to(tl.float32)
-    if uncond_row is not None:
-        u = tl.load(uncond_row + index * uncond_stride, mask=inside, other=0.0).to(tl.float32)
-        x = guided(x, u, inside, guidance)
-    return x
-
-
-@triton.jit
-def tile_statistics(x):
-    """Maximum m, sum of exp(x - m), and sum of (x - m) exp(x - m), where exp = 0 adds nothing."""
-    highest = tl.max(x, 0)
-    distance = x - tl.where(highest == float("-inf"), 0.0, highest)
-    e = tl.exp(distance)
-    return highest, tl.sum(e, 0), tl.sum(tl.where(e == 0.0, 0.0, distance * e), 0)
-
-
-@triton.jit
-def merge_statistics(m, s, t, tile_m, tile_s, tile_t):
-    """Statistics of two parts of a row together."""
-    highest = tl.maximum(m, tile_m)
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
-    gap = tl.where(m == float("-inf"), 0.0, m - shift)
-    tile_gap = tl.where(tile_m == float("-inf"), 0.0, tile_m - shift)
-    scale, tile_scale = tl.exp(gap), tl.exp(tile_gap)
-    total = scale * s + tile_scale * tile_s
-    return highest, total, scale * (t + gap * s) + tile_scale * (tile_t + tile_gap * tile_s)
-
-
-@triton.jit
-def row_statistics(
-    row, uncond_row, stride, uncond_stride, index, target, vocabulary, guidance, inverse_temperature, TILE: tl.constexpr
-):
-    """(logsumexp, entropy) of one row, read once."""
-    m = float("-inf")
-    s = 0.0
-    t = 0.0
-    for start in tl.range(0, vocabulary, TILE, num_stages=3):  # loads run ahead of the reductions
-        columns = start + tl.arange(0, TILE)
-        x = load_tile(
-            row,
-            uncond_row,
-            columns,
-            columns < vocabulary,
-            stride,
-            uncond_stride,
-            index,
-            target,
-            guidance,
-            inverse_temperature,
-        )
-        tile_m, tile_s, tile_t = tile_statistics(x)
-        m, s, t = merge_statistics(m, s, t, tile_m, tile_s, tile_t)
-    return m + tl.log(s), tl.log(s) - t / s
-
-
-@triton.jit
-def tile_gradient(x, columns, index, lse, grad_log_prob, entropy, grad_entropy):
-    """Gradient with respect to ``x``: of grad_log_prob * log_prob, and of grad_entropy * entropy where given."""
-    p = tl.exp(x - lse)
-    grad = tl.where(columns == index, grad_log_prob, 0.0) - grad_log_prob * p
-    if grad_entropy is not None:
-        grad -= tl.where(p == 0.0, 0.0, grad_entropy * p * (x - lse + entropy))
-    return grad
-
-
-@triton.jit
-def store_gradient(grad, grad_row, grad_uncond_row, columns, inside, guidance, inverse_temperature):
-    """Write the gradient of the raw logits; guided logits hand guidance and 1 - guidance of it to their two parts."""
-    grad *= inverse_temperature
-    if grad_uncond_row is None:
-        tl.store(grad_row + columns, grad.to(grad_row.dtype.element_ty), mask=inside)
-    else:
-        tl.store(grad_row + columns, (guidance * grad).to(grad_row.dtype.element_ty), mask=inside)
-        uncond_grad = (1.0 - guidance) * grad
-        tl.store(grad_uncond_row + columns, uncond_grad.to(grad_uncond_row.dtype.element_ty), mask=inside)
 
 
 @triton.jit(
@@ -246,23 +142,24 @@ def gradient_kernel(
         if grad_entropies is not None:
             entropy = tl.load(entropies + i)
             grad_entropy = tl.load(grad_entropies + i)
-        for start in range(0, vocabulary, TILE):
-            columns = start + tl.arange(0, TILE)
-            inside = columns < vocabulary
-            x = load_tile(
-                row,
-                uncond_row,
-                columns,
-                inside,
-                stride,
-                uncond_stride,
-                chosen,
-                replaced,
-                guidance,
-                inverse_temperature,
-            )
-            grad = tile_gradient(x, columns, chosen, row_lse, grad_log_prob, entropy, grad_entropy)
-            store_gradient(grad, grad_row, grad_uncond_row, columns, inside, guidance, inverse_temperature)
+        write_row_gradient(
+            row,
+            uncond_row,
+            grad_row,
+            grad_uncond_row,
+            stride,
+            uncond_stride,
+            chosen,
+            replaced,
+            vocabulary,
+            guidance,
+            inverse_temperature,
+            row_lse,
+            grad_log_prob,
+            entropy,
+            grad_entropy,
+            TILE,
+        )
 
 
 def tile_and_warps(vocabulary, longest=None):

@@ -25,16 +25,17 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-# Tables and JSON go to RESULTS; bench/results/ holds those that are quoted.
+# Tables and JSON go to RESULTS, one of each for every part; bench/results/ holds those that are quoted.
 RESULTS ?= runs/bench
+PARTS ?= kernels rollout
+kernels := bench --ignore=bench/bench_rollout.py
+rollout := bench/bench_rollout.py
+bench: MARK := not gpu
+bench-gpu: MARK := gpu
 bench-gpu: RESULTS = bench/results/h200
 
-bench: install
+bench bench-gpu: install
 	mkdir -p $(RESULTS)
-	$(BIN)/python -m pytest bench --benchmark-only -m "not gpu" --benchmark-json=$(RESULTS)/kernels.json $(ARGS)
-	$(BIN)/python -m bench.summary $(RESULTS)/kernels.json > $(RESULTS)/kernels.md
-
-bench-gpu: install
-	mkdir -p $(RESULTS)
-	$(BIN)/python -m pytest bench --benchmark-only -m gpu --benchmark-json=$(RESULTS)/kernels.json $(ARGS)
-	$(BIN)/python -m bench.summary $(RESULTS)/kernels.json > $(RESULTS)/kernels.md
+	set -e; $(foreach part,$(PARTS),\
+	$(BIN)/python -m pytest $($(part)) --benchmark-only -m "$(MARK)" --benchmark-json=$(RESULTS)/$(part).json $(ARGS); \
+	$(BIN)/python -m bench.summary $(RESULTS)/$(part).json > $(RESULTS)/$(part).md;)

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-PACKAGES = ("torch", "triton", "liger-kernel", "trl", "nvidia-cutlass-dsl", "pytest-benchmark")
+PACKAGES = ("torch", "transformers", "triton", "liger-kernel", "trl", "nvidia-cutlass-dsl", "pytest-benchmark")
 
 
 def pytest_benchmark_generate_machine_info(config):

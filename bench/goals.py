@@ -1,4 +1,4 @@
-"""What the kernels are to reach, checked against the entries of one run."""
+"""What the kernels and the rollout are to reach, checked against the entries of one run."""
 
 from dataclasses import dataclass
 
@@ -32,7 +32,12 @@ MEASURES = {
     "TB/s": ("≥", lambda ours, _: ours["rate"] / 1e12),
     "times as fast as": ("≥", lambda ours, rival: rival["ratio_to_ours"]),
     "extra memory /": ("≤", lambda ours, rival: ours["extra_mib"] / rival["extra_mib"]),
+    "share of the floor": ("≥", lambda ours, _: 1 / ours["ratio_to_floor"]),
+    "images/s": ("≥", lambda ours, _: ours["rate"]),
+    "tokens/s": ("≥", lambda ours, _: ours["rate"]),
 }
+
+WHOLE, SINGLE = "transformers, whole batch", "transformers, prompt by prompt"
 
 GOALS = (
     *(
@@ -52,6 +57,26 @@ GOALS = (
     Goal("grpo_loss", "Janus-Pro text", "floor", "time / floor", 1.2),
     Goal("grpo_loss", "Janus-Pro text", "Liger", "times as fast as", 1.4),
     Goal("selective_log_softmax, forward", "Janus-Pro text", "floor", "TB/s", 3.5),
+    Goal("rollout", "quickstart images", WHOLE, "times as fast as", 1.5),
+    Goal("rollout", "91M images", WHOLE, "times as fast as", 2.0),
+    *(
+        goal
+        for model in ("quickstart", "91M")
+        for goal in (
+            Goal("rollout", f"{model} answers", WHOLE, "times as fast as", 3.0),
+            Goal("rollout", f"{model} images", SINGLE, "times as fast as", 4.0),
+            Goal("rollout", f"{model} answers", SINGLE, "times as fast as", 4.0),
+            Goal("rollout", f"{model} images", "floor", "share of the floor", 0.7),
+            Goal("rollout", f"{model} answers", "floor", "share of the floor", 0.7),
+        )
+    ),
+    Goal("rollout", "quickstart mixed", "fastcorl, two calls", "times as fast as", 1.2),
+    Goal("rollout", "Janus-Pro-1B, 64 images", WHOLE, "times as fast as", 15.0),
+    Goal("rollout", "Janus-Pro-1B, 128 images", "floor", "images/s", 33.0),
+    Goal("rollout", "Janus-Pro-1B, 128 images", "floor", "share of the floor", 0.7),
+    Goal("rollout", "Janus-Pro-1B, 128 answers", "floor", "tokens/s", 45_000.0),
+    Goal("rollout", "Janus-Pro-1B, 128 answers", "floor", "share of the floor", 0.7),
+    Goal("rollout", "Janus-Pro-1B, mixed", "fastcorl, two calls", "times as fast as", 1.2),
 )
 
 

@@ -10,10 +10,19 @@ from bench.goals import goal_rows
 HEADER = """| shape | provider | median | / floor | / fastcorl | rate | extra MiB | error |
 |---|---|--:|--:|--:|--:|--:|--:|"""
 
+ROLLOUT_HEADER = """| shape | provider | median | rate | / fastcorl | of floor | vision | prefill | decode | pixels |
+|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"""
+
 GOALS_HEADER = """| op | shape | goal | measured | |
 |---|---|---|--:|---|"""
 
-LEGEND = """
+ROLLOUT_LEGEND = """
+`rate` counts whole rollouts, from prompts to pixels and answers. `/ fastcorl` is a median of ratios within one round;
+above 1 is slower. `of floor` is the least time that bytes and matrix products leave on this machine, as
+bench/rollout_floor.py sums it up, over the provider's. Our stages: vision tower, prefill of the questions (within
+`decode` where there are drawings), decode steps, and VQ decoder."""
+
+KERNELS_LEGEND = """
 `/ floor` and `/ fastcorl` are medians of ratios within one round, in which the floor, fastcorl and the provider run one
 after the other; above 1 is slower. The floor is a copy that moves the bytes that the op must move, or the matrix
 products that it cannot do without; `rate` is that work over the median. `extra MiB` is the peak above the inputs and
@@ -54,17 +63,43 @@ def row(entry):
     return "| " + " | ".join(cells) + " |"
 
 
+def rollout_row(entry):
+    stages = entry["stages_s"]
+    cells = (
+        entry["shape"],
+        entry["provider"],
+        duration(entry["median_s"]),
+        f"{entry['rate']:.4g} {entry['unit']}/s",
+        f"{entry['ratio_to_ours']:.2f}",
+        f"{1 / entry['ratio_to_floor']:.2f}",
+        *(duration(stages[name]) if stages.get(name) else "" for name in ("vision", "prefill", "decode", "pixels")),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
 def tables(entries):
     """One table for each op."""
     for op, group in groupby(entries, key=lambda entry: entry["op"]):
-        yield f"\n## {op}\n{HEADER}"
-        yield from map(row, group)
+        header, make_row = (ROLLOUT_HEADER, rollout_row) if op == "rollout" else (HEADER, row)
+        yield f"\n## {op}\n{header}"
+        yield from map(make_row, group)
+
+
+def entries_of(result):
+    """Each benchmark holds one entry, or those of all its providers."""
+    for benchmark in result["benchmarks"]:
+        yield from benchmark["extra_info"].get("entries", [benchmark["extra_info"]])
+
+
+def legends(entries):
+    rollouts = {entry["op"] == "rollout" for entry in entries}
+    return [text for text, is_rollout in ((KERNELS_LEGEND, False), (ROLLOUT_LEGEND, True)) if is_rollout in rollouts]
 
 
 def main(paths):
     results = [json.loads(Path(path).read_text()) for path in paths]
-    entries = [benchmark["extra_info"] for result in results for benchmark in result["benchmarks"]]
-    print("\n".join(dict.fromkeys(map(title, results))), LEGEND, sep="\n")
+    entries = [entry for result in results for entry in entries_of(result)]
+    print("\n".join(dict.fromkeys(map(title, results))), *legends(entries), sep="\n")
     goals = list(goal_rows({(entry["op"], entry["shape"], entry["provider"]): entry for entry in entries}))
     if goals:
         print("\n## Goals", GOALS_HEADER, *goals, sep="\n")

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,8 +21,10 @@ class Generate:
     """What to draw."""
     model: str = "quickstart"
     """Folder or hub name of a Janus in the transformers format."""
-    out: Path = Path("drawing.png")
-    """Where to write the picture; several are laid out as one grid."""
+    grid: Path = Path("drawing.png")
+    """Picture that shows all drawings."""
+    out: Path | None = None
+    """Folder for each drawing as a picture of its own."""
     num: int = 1
     """How many drawings."""
     seed: int = 0
@@ -28,6 +32,12 @@ class Generate:
     """0 is greedy."""
     guidance: float = 1.0
     """Classifier-free guidance; Janus-Pro is published with 5, the quickstart model is trained at 1."""
+    top_k: int | None = None
+    """Draw each token from the k most likely ones."""
+    top_p: float | None = None
+    """Draw each token from the most likely ones that have together this probability."""
+    max_rows: int | None = None
+    """Rows decoded at once, two per guided drawing; None is all."""
     device: str = "auto"
 
     def run(self) -> None:
@@ -36,31 +46,32 @@ class Generate:
         from PIL import Image
 
         from fastcorl.records import Prompt
-        from fastcorl.rollout import RolloutEngine, SamplingParams
+        from fastcorl.rollout import RolloutEngine
 
-        if self.num < 1:
-            raise UserError(f"--num {self.num}: must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"--temperature {self.temperature}: must not be negative")
+        params = _sampling_params(self, guidance=self.guidance)
         policy = _load(self.model, self.device)
-        context = policy.janus.config.text_config.max_position_embeddings
-        if len(policy.encoder.draw(self.prompt)) + policy.num_image_tokens > context:
-            raise UserError(f"--prompt is too long: with the image it exceeds the model's context of {context} tokens")
         blank = Image.new("RGB", (policy.image_size, policy.image_size))
         prompt = Prompt("cli", self.prompt, blank, "", "", "OE")
-        params = SamplingParams(temperature=self.temperature, guidance=self.guidance)
-        rollout = RolloutEngine(policy).generate([prompt], self.num, params, answer=False, seed=self.seed)
+        engine = RolloutEngine(policy, max_rows=self.max_rows)
+        with _progress("drawing", self.num * policy.num_image_tokens) as progress:
+            rollout = engine.generate([prompt], self.num, params, answer=False, seed=self.seed, progress=progress)
         columns = min(8, self.num)
-        pixels = rollout.images.pixels
+        pixels = rollout.images.pixels.cpu()
         rows = -(-self.num // columns)
-        pixels = torch.cat([pixels, pixels.new_zeros(rows * columns - self.num, *pixels.shape[1:])])
-        grid = pixels.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-        image = Image.fromarray((grid.cpu().numpy() * 255).round().astype(np.uint8))
         # Tiny drawings are enlarged so that a viewer shows them.
         factor = max(1, 128 // policy.image_size)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST).save(self.out)
-        print(f"{self.num} drawing{'s' * (self.num > 1)} of {self.prompt!r}: {self.out}")
+
+        def save(pixels: torch.Tensor, path: Path) -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray((pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+            image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST).save(path)
+
+        if self.out is not None:
+            for index, drawing in enumerate(pixels):
+                save(drawing, self.out / f"{index:03d}.png")
+        filled = torch.cat([pixels, pixels.new_zeros(rows * columns - self.num, *pixels.shape[1:])])
+        save(filled.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3), self.grid)
+        print(f"{self.num} drawing{'s' * (self.num > 1)} of {self.prompt!r}: {self.grid}")
 
 
 @dataclass
@@ -78,13 +89,21 @@ class Ask:
     temperature: float = 0.0
     """0 is greedy."""
     max_new_tokens: int = 512
+    """Longest answer in tokens; less where the model's context ends."""
+    top_k: int | None = None
+    """Draw each token from the k most likely ones."""
+    top_p: float | None = None
+    """Draw each token from the most likely ones that have together this probability."""
+    max_rows: int | None = None
+    """Answers decoded at once; None is all."""
     device: str = "auto"
 
     def run(self) -> None:
         from fastcorl.data import ImageError, decode_image
         from fastcorl.records import Prompt
-        from fastcorl.rollout import RolloutEngine, SamplingParams
+        from fastcorl.rollout import RolloutEngine
 
+        _sampling_params(self, max_new_tokens=self.max_new_tokens)
         if not self.image.is_file():
             raise UserError(f"--image {self.image}: no such file")
         try:
@@ -95,9 +114,11 @@ class Ask:
         room = policy.janus.config.text_config.max_position_embeddings - len(policy.encoder.ask(self.question))
         if room < 1:
             raise UserError(f"--question is too long: {1 - room} tokens over the model's context")
-        params = SamplingParams(temperature=self.temperature, max_new_tokens=min(self.max_new_tokens, room))
+        params = _sampling_params(self, max_new_tokens=min(self.max_new_tokens, room))
         prompt = Prompt("cli", "", image, self.question, "", "OE")
-        rollout = RolloutEngine(policy).generate([prompt], self.num, params, draw=False, seed=self.seed)
+        engine = RolloutEngine(policy, max_rows=self.max_rows)
+        with _progress("answering", None) as progress:
+            rollout = engine.generate([prompt], self.num, params, draw=False, seed=self.seed, progress=progress)
         for answer in rollout.texts.answers:
             print(answer)
 
@@ -171,6 +192,51 @@ class Merge:
 
     def models(self) -> tuple[str, str]:
         return self.first, self.second
+
+
+def _sampling_params(command: Generate | Ask, **settings: float):
+    """The command's flags as sampling parameters."""
+    from fastcorl.rollout import SamplingParams
+
+    for name in ("num", "max_rows"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    try:
+        return SamplingParams(command.temperature, top_k=command.top_k, top_p=command.top_p, **settings)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+@contextmanager
+def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar with tokens per second on a terminal, and one line of the same at the end. Yields what is told the tokens
+    sampled so far; `total` None is unknown."""
+    import time
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens, {task.fields[rate]:.0f}/s"),
+        TimeElapsedColumn(),
+    )
+    start, sampled = time.perf_counter(), 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, rate=0.0)
+
+        def tell(tokens: int) -> None:
+            nonlocal sampled
+            sampled = tokens
+            bar.update(task, completed=tokens, rate=tokens / (time.perf_counter() - start))
+
+        yield tell
+    seconds = time.perf_counter() - start
+    print(f"{what}: {sampled} tokens in {seconds:.1f} s, {sampled / seconds:.0f} tokens/s", file=sys.stderr)
 
 
 def _load(model: str, device: str):

@@ -72,6 +72,14 @@ class RolloutConfig(Section):
     """Weight w of classifier-free guidance, u + w (c - u), for drawings; 1 samples the conditional branch alone."""
     max_new_tokens: PositiveInt = 512
     """Longest answer in tokens."""
+    top_k: PositiveInt | None = None
+    """Draw from the k most likely tokens only; training still sees the whole distribution."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Draw from the fewest most likely tokens that have together this probability."""
+    max_rows: PositiveInt | None = None
+    """Rows decoded side by side on each rank, two per guided drawing; null decodes all at once."""
+    kv_cache_tokens: PositiveInt | None = None
+    """Tokens that the KV cache of a rank holds at once; null holds what the step needs."""
 
 
 class AlgorithmConfig(Section):

@@ -60,7 +60,7 @@ class Trainer:
         self.group_size = stage.group_size or config.algorithm.group_size
         self.learning_rate = stage.learning_rate or config.optimizer.learning_rate
         self.data, self.sampler = stage_prompts(config, name, stage, data)
-        self.params = SamplingParams(config.rollout.temperature, config.rollout.guidance, config.rollout.max_new_tokens)
+        self.params = sampling_params(config)
         self.reference = reference
         self.options = objective_options(config, stage, policy.num_image_tokens)
         self.pack_options = PackOptions(
@@ -71,7 +71,12 @@ class Trainer:
         )
         objective = CoRLObjective(policy, self.options)
         self.engine = make_engine(objective, config.optimizer, config.deepspeed, ranks, launched=launched)
-        self.rewards = RewardSuite(config.rewards, self.engine.full_policy(), captioner=captioner)
+        policy = self.engine.full_policy()
+        self.rollouts = RolloutEngine(
+            policy, max_rows=config.rollout.max_rows, kv_cache_tokens=config.rollout.kv_cache_tokens
+        )
+        self.rewards = RewardSuite(config.rewards, policy, self.rollouts, captioner=captioner)
+        self.updates = 0
         self.timer = PhaseTimer()
 
     def train_step(self, step: int) -> tuple[StepRecord, Rollout, Scores]:
@@ -79,9 +84,16 @@ class Trainer:
         draw, answer = self._modalities(step)
         prompts = [self.data[i] for i in self.sampler.for_rank(step, self.ranks.rank, self.ranks.world_size)]
         with self.timer.phase("rollout"):
-            engine = RolloutEngine(self.engine.full_policy())
-            seed = (self.config.seed, self.name, step)
-            rollout = engine.generate(prompts, self.group_size, self.params, draw=draw, answer=answer, seed=seed)
+            self.engine.full_policy()
+            rollout = self.rollouts.generate(
+                prompts,
+                self.group_size,
+                self.params,
+                draw=draw,
+                answer=answer,
+                seed=(self.config.seed, self.name, step),
+                weight_version=self.updates,
+            )
         with self.timer.phase("score"):
             scores = self.rewards(rollout)
         with self.timer.phase("pack"):
@@ -117,6 +129,7 @@ class Trainer:
         if bad:
             raise FloatingPointError(f"{self.name} step {step}: the loss is not finite; it was not applied")
         metrics.add_update(total, self.engine.step(rate), rate)
+        self.updates += 1
 
     def _modalities(self, step: int) -> tuple[bool, bool]:
         if self.stage.task == "alternate":
@@ -141,6 +154,18 @@ class Trainer:
         for batch in batches:
             for modality, log_probs in packed_log_probs(self.reference, batch, self.options).items():
                 getattr(batch, modality).ref_log_probs = log_probs
+
+
+def sampling_params(config: Config, *, guidance: float | None = None) -> SamplingParams:
+    """How a run samples; `guidance` overrides the configured one."""
+    rollout = config.rollout
+    return SamplingParams(
+        temperature=rollout.temperature,
+        guidance=rollout.guidance if guidance is None else guidance,
+        max_new_tokens=rollout.max_new_tokens,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+    )
 
 
 def objective_options(config: Config, stage: StageConfig, num_image_tokens: int) -> ObjectiveOptions:

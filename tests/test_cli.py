@@ -1,6 +1,7 @@
 """The `fastcorl` command, in process."""
 
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -12,11 +13,23 @@ from fastcorl.quickstart.scenes import make_scene
 def test_generate_writes_a_grid_that_a_seed_repeats(tmp_path, capsys):
     arguments = ["generate", "--prompt", "a red three at top left", "--num", "3", "--seed", "5"]
     for name in ("first.png", "second.png"):
-        main([*arguments, "--out", str(tmp_path / name)])
+        main([*arguments, "--grid", str(tmp_path / name), "--out", str(tmp_path / "each")])
     first, second = (Image.open(tmp_path / name) for name in ("first.png", "second.png"))
     assert first.size == (3 * 128, 128)
     assert first.tobytes() == second.tobytes()
-    assert "first.png" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "first.png" in printed.out
+    assert re.search(r"drawing: 192 tokens in [0-9.]+ s, [0-9]+ tokens/s", printed.err)
+    each = [Image.open(tmp_path / "each" / f"00{index}.png") for index in range(3)]
+    assert [one.tobytes() for one in each] == [first.crop((128 * i, 0, 128 * (i + 1), 128)).tobytes() for i in range(3)]
+
+
+def test_rows_at_once_and_guidance_are_settings_of_sampling_alone(tmp_path):
+    arguments = ["generate", "--prompt", "a red three at top left", "--num", "3", "--guidance", "3", "--top-k", "50"]
+    for name, rows in (("first.png", "100"), ("second.png", "3")):
+        main([*arguments, "--grid", str(tmp_path / name), "--max-rows", rows])
+    first, second = (Image.open(tmp_path / name) for name in ("first.png", "second.png"))
+    assert first.tobytes() == second.tobytes()
 
 
 def test_ask_answers_about_a_picture(tmp_path, capsys):
@@ -50,6 +63,10 @@ def test_merge_of_a_model_with_itself_is_that_model(tmp_path):
     [
         ["generate", "--prompt", "x", "--model", "/no/such/model"],
         ["generate", "--prompt", "x", "--num", "0"],
+        ["generate", "--prompt", "x", "--temperature", "-1"],
+        ["generate", "--prompt", "x", "--guidance", "3", "--max-rows", "1"],
+        ["generate", "--prompt", "red " * 2000],
+        ["ask", "--image", "/no/such/image.png", "--question", "what?", "--top-p", "2"],
         ["ask", "--image", "/no/such/image.png", "--question", "what?"],
         ["evaluate", "--data", "/no/such/rows.parquet"],
     ],

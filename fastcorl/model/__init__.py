@@ -1,6 +1,6 @@
-"""The policy model: loading, prompts, packed and cached attention, heads."""
+"""The policy model: loading, prompts, packed attention, heads."""
 
-from fastcorl.model.attention import CachedAttention, PackedAttention, register
+from fastcorl.model.attention import PackedAttention, register
 from fastcorl.model.loading import load_policy, save_policy
 from fastcorl.model.policy import Policy, pack_prompts
 from fastcorl.model.prompts import PromptEncoder
@@ -8,7 +8,6 @@ from fastcorl.model.prompts import PromptEncoder
 register()
 
 __all__ = [
-    "CachedAttention",
     "PackedAttention",
     "Policy",
     "PromptEncoder",

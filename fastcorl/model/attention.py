@@ -1,8 +1,7 @@
 """Attention of the language backbone, plugged in through transformers' attention-function registry.
 
 The backbone is called with `attention=<context>`; the context decides how queries meet keys: `PackedAttention` for
-packed sequences (training, prefill), `CachedAttention` for one new token per row (decoding). So one backbone, the one
-transformers built, serves both, whatever its family.
+packed sequences, in training, scoring and prefill. Decoding has its own way through the same weights (`rollout/`).
 """
 
 from typing import Protocol
@@ -50,33 +49,46 @@ class PackedAttention:
         cu_seqlens: (S + 1,) int; sequence `s` takes the positions `cu_seqlens[s]:cu_seqlens[s + 1]`.
         prefixes: (S,) int64; a sequence with `prefixes[s] = p >= 0` continues sequence `p`: its positions attend to all
             of `p` and causally to themselves. -1 marks a sequence on its own, as does None for all.
+        prefix_lengths: (S,) int64; how many positions of the sequence that it continues each one sees; None sees all.
         keep_kv: store each layer's keys and values, (N, kv_heads, D), for a decoder to start from.
 
     Sequences of similar length are stood side by side, right-padded, for one SDPA call per bucket: with the padding on
     the right, plain causal attention never lets a real query see it. Padding exists only inside this call.
     """
 
-    def __init__(self, cu_seqlens: torch.Tensor, prefixes: torch.Tensor | None = None, *, keep_kv: bool = False):
+    def __init__(
+        self,
+        cu_seqlens: torch.Tensor,
+        prefixes: torch.Tensor | None = None,
+        *,
+        prefix_lengths: torch.Tensor | None = None,
+        keep_kv: bool = False,
+    ):
         self.keys: list[torch.Tensor] | None = [] if keep_kv else None
         self.values: list[torch.Tensor] = []
         bounds = cu_seqlens.tolist()
         parents = [-1] * (len(bounds) - 1) if prefixes is None else prefixes.tolist()
-        buckets: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        limits = None if prefix_lengths is None else prefix_lengths.tolist()
+        # Per bucket of similar lengths: the spans of its sequences and of what they continue.
+        buckets: dict[tuple[int, int], list[tuple[tuple[int, int], tuple[int, int]]]] = {}
         for sequence, parent in enumerate(parents):
-            length = bounds[sequence + 1] - bounds[sequence]
-            parent_length = bounds[parent + 1] - bounds[parent] if parent >= 0 else 0
-            if length:
-                buckets.setdefault((_bucket(length), _bucket(parent_length)), []).append((sequence, parent))
+            own_span = bounds[sequence], bounds[sequence + 1]
+            before_span = (bounds[parent], bounds[parent + 1]) if parent >= 0 else (0, 0)
+            if limits is not None and parent >= 0:
+                before_span = before_span[0], before_span[0] + limits[sequence]
+            key = _bucket(own_span[1] - own_span[0]), _bucket(before_span[1] - before_span[0])
+            if own_span[1] > own_span[0]:
+                buckets.setdefault(key, []).append((own_span, before_span))
         self.calls = []
         places = torch.empty(bounds[-1], dtype=torch.int64)
         offset = 0
         for (_, parent_bucket), members in buckets.items():
-            own, real = _grid([(bounds[s], bounds[s + 1]) for s, _ in members])
+            own, real = _grid([own_span for own_span, _ in members])
             places[own[real]] = offset + torch.arange(own.numel()).view_as(own)[real]
             offset += own.numel()
             seen, mask = own, None
             if parent_bucket >= 0:
-                before, known = _grid([(bounds[p], bounds[p + 1]) for _, p in members])
+                before, known = _grid([before_span for _, before_span in members])
                 causal = torch.ones(own.shape[1], own.shape[1], dtype=torch.bool).tril()
                 mask = torch.cat(
                     [known[:, None].expand(-1, own.shape[1], -1), causal.expand(len(own), -1, -1)], dim=-1
@@ -122,49 +134,3 @@ def _bucket(length: int) -> int:
     if length == 0:
         return -1
     return round(4 * (length - 1).bit_length() + 4 * (length / (1 << (length - 1).bit_length())))
-
-
-class CachedAttention:
-    """Attention of one new token per row over a static cache.
-
-    Row `r` has `lengths[r]` cached positions; the new token's key and value are written behind them and are attended
-    to as well. Call `advance` after each backbone forward.
-    """
-
-    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], lengths: torch.Tensor):
-        self.keys = keys  # per layer (rows, kv_heads, capacity, D)
-        self.values = values
-        self.lengths = lengths
-        self._refresh()
-
-    def _refresh(self) -> None:
-        self.rows = torch.arange(len(self.lengths), device=self.lengths.device)
-        self.longest = int(self.lengths.max()) + 1 if len(self.lengths) else 0
-        seen = torch.arange(self.longest, device=self.lengths.device)
-        self.mask = (seen <= self.lengths[:, None])[:, None, None, :]
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        self.keys[layer][self.rows, :, self.lengths] = key.squeeze(2)
-        self.values[layer][self.rows, :, self.lengths] = value.squeeze(2)
-        out = F.scaled_dot_product_attention(
-            query,
-            self.keys[layer][:, :, : self.longest],
-            self.values[layer][:, :, : self.longest],
-            attn_mask=self.mask,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return out.transpose(1, 2)
-
-    def advance(self) -> None:
-        self.lengths = self.lengths + 1
-        self._refresh()
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Drop every row but `rows` (int64), in that order."""
-        self.keys = [states[rows] for states in self.keys]
-        self.values = [states[rows] for states in self.values]
-        self.lengths = self.lengths[rows]
-        self._refresh()

@@ -56,7 +56,9 @@ def load_policy(
     if gradient_checkpointing:
         for layer in janus.model.language_model.layers:
             layer.training = True
-    return policy.to(device)
+    policy.to(device)
+    policy.lay_out()
+    return policy
 
 
 def save_policy(policy: Policy, folder: str | Path) -> None:

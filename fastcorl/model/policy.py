@@ -9,6 +9,7 @@ from torch import nn
 from transformers import JanusForConditionalGeneration, ProcessorMixin
 
 from fastcorl.model.attention import AttentionContext, PackedAttention
+from fastcorl.model.projections import lay_side_by_side
 from fastcorl.model.prompts import PromptEncoder
 from fastcorl.records import PackedBatch
 
@@ -32,6 +33,10 @@ class Policy(nn.Module):
         self.janus.requires_grad_(False)
         self.janus.model.language_model.requires_grad_(True)
         self.janus.lm_head.requires_grad_(True)
+
+    def lay_out(self) -> None:
+        """Lay the weights that sampling reads as one side by side. Afterwards nothing may move the parameters."""
+        lay_side_by_side(self.backbone)
 
     @property
     def backbone(self) -> nn.Module:
@@ -69,6 +74,15 @@ class Policy(nn.Module):
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """(...) image codes -> (..., hidden)."""
         return self.janus.prepare_embeddings_for_image_generation(codes)
+
+    @property
+    def num_codes(self) -> int:
+        return self.janus.model.generation_embeddings.num_embeddings
+
+    def code_parameters(self) -> list[nn.Parameter]:
+        """What `embed_codes` depends on; frozen."""
+        model = self.janus.model
+        return [*model.generation_embeddings.parameters(), *model.generation_aligner.parameters()]
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:
         """(N, hidden) input embeddings of a pack."""
@@ -109,6 +123,17 @@ class Policy(nn.Module):
         pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
         return torch.as_tensor(pixels).to(self.device, self.dtype)
 
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(n, 3, H, W) pixels in [0, 1], of any size -> input of the vision tower."""
+        processor = self.processor.image_processor
+        if pixels.shape[-1] != self.image_size:
+            pixels = F.interpolate(pixels, size=(self.image_size,) * 2, mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (
+            torch.tensor(values, device=self.device).view(3, 1, 1)
+            for values in (processor.image_mean, processor.image_std)
+        )
+        return ((pixels.to(self.device) - mean) / std).to(self.dtype)
+
     def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised (n, 3, H, W) -> (n, T_vision, hidden), aligned with the text embeddings."""
         with torch.no_grad():
@@ -119,36 +144,6 @@ class Policy(nn.Module):
         with torch.no_grad():
             pixels = self.janus.decode_image_tokens(codes)
         return (pixels.permute(0, 3, 1, 2).float() / 2 + 0.5).clamp(0, 1)
-
-    @torch.no_grad()
-    def match_states(
-        self, pixels: torch.Tensor, captions: list[str]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token representations of images and of their captions, read off one forward over [image, caption].
-
-        Args: `pixels` (n, 3, H, W) in [0, 1]; n `captions`.
-        Returns: image states (n, T_vision, hidden), caption states (n, L, hidden) right-padded with zeros, and the
-        (n, L) bool mask of real caption tokens.
-        """
-        processor = self.processor.image_processor
-        if pixels.shape[-1] != self.image_size:
-            pixels = F.interpolate(pixels, size=(self.image_size,) * 2, mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (
-            torch.tensor(values, device=self.device).view(3, 1, 1)
-            for values in (processor.image_mean, processor.image_std)
-        )
-        features = self.vision_features(((pixels.to(self.device) - mean) / std).to(self.dtype))
-        encoded = {caption: self.encoder.match(caption) for caption in set(captions)}
-        ids = [encoded[caption][0] for caption in captions]
-        batch = pack_prompts(ids, features, self.encoder.image_id, self.device)
-        hidden = self.hidden_states(batch)
-        starts = batch.cu_seqlens[:-1].tolist()
-        spans = [encoded[caption][1] for caption in captions]
-        texts = [hidden[start + span.start : start + span.stop] for start, span in zip(starts, spans, strict=True)]
-        lengths = torch.tensor([len(text) for text in texts], device=self.device)
-        text_states = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        mask = torch.arange(text_states.shape[1], device=self.device) < lengths[:, None]
-        return hidden[batch.vision_positions].view(len(captions), -1, hidden.shape[-1]), text_states, mask
 
 
 def pack_prompts(

@@ -18,7 +18,7 @@ from fastcorl.rewards.scene_graph import CaptionReward
 from fastcorl.rewards.tim import Matcher, TIMReward
 
 
-class Policy(Matcher, Protocol):
+class Policy(Protocol):
     @property
     def janus(self) -> nn.Module:
         """A JanusForConditionalGeneration, of which `model.vqmodel.encoder` is read."""
@@ -32,13 +32,15 @@ class RewardSuite:
     The total is NaN where a reward with a nonzero weight could not be computed.
     """
 
-    def __init__(self, config: RewardsConfig, policy: Policy, *, captioner: BlipCaptioner | None = None) -> None:
+    def __init__(
+        self, config: RewardsConfig, policy: Policy, matcher: Matcher, *, captioner: BlipCaptioner | None = None
+    ) -> None:
         """Without `captioner` the configured one is loaded at the first drawing, so text stages need none."""
         self.config = config
         self.policy = policy
         self.parse = load_object(config.caption_tuples, "rewards.caption_tuples")
         self.extras = {name: load_object(name, "rewards.extra") for name in config.extra}
-        self.tim = TIMReward(policy)
+        self.tim = TIMReward(matcher)
         self.accuracy = AccuracyReward()
         self.format = FormatReward()
         self._captioner = captioner

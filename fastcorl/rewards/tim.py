@@ -31,10 +31,10 @@ def match_score(image_states: torch.Tensor, text_states: torch.Tensor, text_mask
 class TIMReward:
     """`match_score` of a row's drawing and its prompt's caption, in [0, 1]."""
 
-    def __init__(self, policy: Matcher) -> None:
-        self.policy = policy
+    def __init__(self, matcher: Matcher) -> None:
+        self.matcher = matcher
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> torch.Tensor:
         captions = [rollout.prompt_of(row).caption for row in range(rollout.num_rows)]
-        return match_score(*self.policy.match_states(rollout.images.pixels, captions))
+        return match_score(*self.matcher.match_states(rollout.images.pixels, captions))

@@ -1,6 +1,6 @@
 """Sampling drawings and answers from a policy."""
 
-from fastcorl.rollout.engine import RolloutEngine, SamplingParams
-from fastcorl.rollout.sampling import gumbel_noise, row_seed, sample
+from fastcorl.rollout.engine import RolloutEngine
+from fastcorl.rollout.sampling import SamplingParams, row_seed
 
-__all__ = ["RolloutEngine", "SamplingParams", "gumbel_noise", "row_seed", "sample"]
+__all__ = ["RolloutEngine", "SamplingParams", "row_seed"]

@@ -1,61 +1,67 @@
-"""Samples drawings and answers together: one prefill over distinct prompts, then one decode loop for all rows.
+"""Samples drawings and answers together, with a policy's own weights."""
 
-Row regions of a decode step are `[image conditional | image unconditional | text]`: every row goes through one backbone
-forward, each head reads its contiguous region. The engine uses the policy's own parameters, without a copy.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
+from PIL.Image import Image
 
-from fastcorl.model import CachedAttention, PackedAttention, Policy, pack_prompts
-from fastcorl.records import ImageSamples, Prompt, Rollout, TextSamples
-from fastcorl.rollout.sampling import row_seed, sample
-
-DECODE_PIXELS_AT_ONCE = 16 * 384**2
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """`temperature` 0 is greedy; `guidance` w mixes logits as u + w (c - u), 1 runs the conditional branch alone."""
-
-    temperature: float = 1.0
-    guidance: float = 1.0
-    max_new_tokens: int = 512
-
-
-class _Images:
-    """Decoding state of the drawing rows."""
-
-    def __init__(self, rows: int, length: int, seeds: torch.Tensor):
-        self.seeds = seeds
-        self.length = length
-        self.tokens = seeds.new_zeros(rows, length)
-        self.log_probs = torch.zeros(rows, length, device=seeds.device)
-        self.cond_log_probs = torch.zeros_like(self.log_probs)
-
-
-class _Texts:
-    """Decoding state of the answer rows; `active` are the rows still in the cache."""
-
-    def __init__(self, rows: int, limit: int, seeds: torch.Tensor, pad_id: int):
-        self.seeds = seeds
-        self.limit = limit
-        self.tokens = torch.full((rows, limit), pad_id, device=seeds.device)
-        self.log_probs = torch.zeros(rows, limit, device=seeds.device)
-        self.lengths = seeds.new_full((rows,), limit)
-        self.finished = torch.zeros(rows, dtype=torch.bool, device=seeds.device)
-        self.active = torch.arange(rows, device=seeds.device)
+from fastcorl.model import Policy
+from fastcorl.records import Prompt, Rollout
+from fastcorl.rollout.decoder import Decoder
+from fastcorl.rollout.decoding import CHECK_EVERY, Decoding
+from fastcorl.rollout.graphs import bucket
+from fastcorl.rollout.grouped_cache import GroupedCache
+from fastcorl.rollout.paged_cache import PagedCache
+from fastcorl.rollout.prefill import Source, hidden_states, prefill_unconditional
+from fastcorl.rollout.requests import Request, check_fits, image_requests, text_requests
+from fastcorl.rollout.results import image_samples, text_samples
+from fastcorl.rollout.room import PAGE, Room, private_pages
+from fastcorl.rollout.sampling import SamplingParams
+from fastcorl.rollout.worker import Inputs, PolicyWorker, Sizes
 
 
 class RolloutEngine:
-    """Generates rollouts with a policy. Results are per row reproducible: see `sampling.row_seed`."""
+    """Generates rollouts. A row's tokens depend on its seed and prompt only: not on other rows, their order or number.
 
-    def __init__(self, policy: Policy):
+    The engine reads the policy's parameters where they are. Building one after the optimizer has laid out its weights
+    and keeping it is cheapest; weights may then change in place between calls.
+
+    Args:
+        max_rows: rows decoded side by side (a guided drawing takes two); None decodes all requests at once.
+        kv_cache_tokens: tokens of KV cache in use at once; None is what the requests need, and on a GPU as much of it
+            as there is memory for.
+        cache: "paged" or "grouped" keys and values; None is paged on CUDA, and grouped on a CPU, where it is faster.
+        backend: of the paged cache's kernels, as in `fastcorl_kernels`.
+        graphs: step rounded numbers of rows over the paged cache, on CUDA as CUDA graphs; None is on CUDA.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        max_rows: int | None = None,
+        kv_cache_tokens: int | None = None,
+        cache: str | None = None,
+        backend: str | None = None,
+        graphs: bool | None = None,
+    ):
         self.policy = policy
+        self.max_rows, self.kv_cache_tokens = max_rows, kv_cache_tokens
+        self.cache = cache or ("paged" if policy.device.type == "cuda" else "grouped")
+        self.backend = backend
+        self.graphs = self.cache == "paged" and (policy.device.type == "cuda" if graphs is None else graphs)
+        self.decoder = Decoder(policy.backbone)
+        self.context = policy.backbone.config.max_position_embeddings
+        self.rope = self.decoder.rope_table(self.context)
+        self.geometry = self.decoder.geometry()
+        self._storage = self._pointers()
+        self._version: int | None = None
+        self._unconditional: dict[int, Source] = {}
+        self._code_table: tuple[tuple[int, ...], torch.Tensor] | None = None
+        self._worker: PolicyWorker | None = None
+        self._memory_pages: int | None = None
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -65,172 +71,192 @@ class RolloutEngine:
         draw: bool = True,
         answer: bool = True,
         seed: object = 0,
+        weight_version: int | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> Rollout:
         """Sample `group_size` drawings of each caption and as many answers to each question.
 
-        `seed` identifies the call (say, run seed and step); rows add their prompt's id, their index and modality.
+        Args:
+            seed: identifies the call (say, run seed and step); rows add their prompt's id, their index and modality.
+            weight_version: what was computed from the weights is kept for later calls of the same version; None
+                computes it anew.
+            progress: called now and then with the number of tokens sampled so far.
+
+        Raises:
+            UserError: for a request that cannot fit the model's context, `max_rows` or `kv_cache_tokens`; nothing has
+                run then.
+            RuntimeError: when a parameter has moved to other memory since the engine was built.
         """
         policy, encoder = self.policy, self.policy.encoder
+        self._check_storage()
         draw_ids = [encoder.draw(prompt.caption) for prompt in prompts] if draw else []
         ask_ids = [encoder.ask(prompt.question) for prompt in prompts] if answer else []
-        features = None
-        if ask_ids:
-            features = policy.vision_features(policy.preprocess([prompt.image for prompt in prompts]))
         rows = len(prompts) * group_size
-
-        def seeds(modality: str) -> torch.Tensor:
-            values = [row_seed(seed, prompt.id, k, modality) for prompt in prompts for k in range(group_size)]
-            return torch.tensor(values, dtype=torch.int64, device=policy.device)
-
-        images = _Images(rows, policy.num_image_tokens, seeds("image")) if draw else None
-        texts = _Texts(rows, params.max_new_tokens, seeds("text"), encoder.pad_id) if answer else None
-        guided = draw and params.guidance != 1
-        uncond_ids = [encoder.unconditional(len(ids)) for ids in draw_ids]
-        lengths = sorted({len(ids) for ids in draw_ids}) if guided else []
-        unconditional = [encoder.unconditional(length) for length in lengths]
-
-        # Which prefilled prompt each row continues, in region order.
-        first_uncond, first_ask = len(draw_ids), len(draw_ids) + len(unconditional)
-        sources = [p for p in range(len(draw_ids)) for _ in range(group_size)]
-        if guided:
-            sources += [first_uncond + lengths.index(len(ids)) for ids in draw_ids for _ in range(group_size)]
-        sources += [first_ask + p for p in range(len(ask_ids)) for _ in range(group_size)]
-        if sources:
-            hidden, attention = self._prefill(draw_ids + unconditional + ask_ids, features, sources, images, texts)
-            self._decode(hidden, attention, images, texts, params)
-
+        guided = params.guidance != 1
+        drawings = image_requests(prompts, draw_ids, group_size, seed, guided=guided)
+        answers = text_requests(prompts, ask_ids, group_size, seed)
+        sizes = self._sizes(drawings, answers, params, group_size)
+        room = Room(self.max_rows, sizes.pages)
+        check_fits(drawings, sizes.image_tokens, "a drawing", room=room, context=self.context)
+        check_fits(answers, sizes.text_tokens, "an answer", room=room, context=self.context)
+        features = self._vision_features([prompt.image for prompt in prompts]) if ask_ids else None
+        worker = None
+        if drawings or answers:
+            with torch.inference_mode():
+                self._refresh(weight_version)
+                worker = self._worker_for(sizes, params)
+                worker.begin(Inputs(draw_ids, ask_ids, features, self._codes(), self._unconditional_sources))
+                check_every = CHECK_EVERY[policy.device.type]
+                Decoding(worker, room, drawings, answers, check_every=check_every, progress=progress).run()
         return Rollout(
             prompts=list(prompts),
             group_size=group_size,
-            images=self._image_samples(images) if images else None,
-            texts=self._text_samples(texts) if texts else None,
+            images=image_samples(policy, worker and worker.images, rows) if draw else None,
+            texts=text_samples(policy, worker and worker.texts, rows) if answer else None,
             draw_ids=draw_ids,
-            uncond_ids=uncond_ids,
+            uncond_ids=[encoder.unconditional(len(ids)) for ids in draw_ids],
             ask_ids=ask_ids,
             image_token_id=encoder.image_id,
             vision_features=features,
         )
 
-    def _prefill(
-        self,
-        prompts: list[list[int]],
-        features: torch.Tensor | None,
-        sources: list[int],
-        images: _Images | None,
-        texts: _Texts | None,
-    ) -> tuple[torch.Tensor, CachedAttention]:
-        """Run each distinct prompt once; give every row a copy of its prompt's cache and its last hidden state."""
+    @torch.no_grad()
+    def hidden_states(
+        self, sequences: Sequence[Sequence[int]], features: Sequence[torch.Tensor | None] | None = None
+    ) -> list[torch.Tensor]:
+        """Final hidden states (L_i, hidden) of token sequences, for scoring; nothing is sampled.
+
+        `features[i]` are the (T, hidden) image features that stand at the placeholders of sequence i, None without.
+        """
+        return list(hidden_states(self.policy, sequences, features or [None] * len(sequences)))
+
+    @torch.no_grad()
+    def match_states(
+        self, pixels: torch.Tensor, captions: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token representations of images and of their captions, read off one forward over [image, caption].
+
+        Args: `pixels` (n, 3, H, W) in [0, 1]; n `captions`.
+        Returns: image states (n, T_vision, hidden), caption states (n, L, hidden) right-padded with zeros, and the
+        (n, L) bool mask of real caption tokens.
+        """
         policy = self.policy
-        batch = pack_prompts(prompts, features, policy.encoder.image_id, policy.device)
-        packed = PackedAttention(batch.cu_seqlens, keep_kv=True)
-        hidden = policy.run_backbone(policy.embed(batch)[None], batch.position_ids[None], packed)[0]
-        source = torch.tensor(sources, device=policy.device)
-        lengths = batch.cu_seqlens.diff().long()
-        starts = batch.cu_seqlens[:-1].long()
-        longest = int(lengths.max())
-        new_tokens = max(images.length if images else 0, texts.limit if texts else 0)
-        grid = (starts[:, None] + torch.arange(longest, device=policy.device)).clamp(max=batch.num_tokens - 1)
-        grid = grid[source]
+        features = policy.vision_features(policy.normalise(pixels))
+        encoded = {caption: policy.encoder.match(caption) for caption in set(captions)}
+        sequences = [encoded[caption][0] for caption in captions]
+        states = self.hidden_states(sequences, list(features))
+        texts = [each[encoded[caption][1]] for each, caption in zip(states, captions, strict=True)]
+        image_id = policy.encoder.image_id
+        places = {caption: torch.tensor(ids) == image_id for caption, (ids, _) in encoded.items()}
+        images = [each[places[caption].to(each.device)] for each, caption in zip(states, captions, strict=True)]
+        lengths = torch.tensor([len(text) for text in texts], device=policy.device)
+        text_states = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        mask = torch.arange(text_states.shape[1], device=policy.device) < lengths[:, None]
+        return torch.stack(images), text_states, mask
 
-        def cache(states: torch.Tensor) -> torch.Tensor:
-            out = states.new_zeros(len(source), states.shape[1], longest + new_tokens, states.shape[2])
-            out[:, :, :longest] = states[grid].transpose(1, 2)
-            return out
+    def _pointers(self) -> list[tuple[str, int]]:
+        return [(name, parameter.data_ptr()) for name, parameter in self.policy.named_parameters()]
 
-        keys = [cache(states) for states in packed.keys]
-        values = [cache(states) for states in packed.values]
-        last = hidden[starts + lengths - 1]
-        return last[source], CachedAttention(keys, values, lengths[source])
+    def _check_storage(self) -> None:
+        for (name, before), (_, now) in zip(self._storage, self._pointers(), strict=True):
+            if before != now:
+                raise RuntimeError(f"{name} has moved since the rollout engine was built: build a new RolloutEngine")
 
-    def _decode(
-        self,
-        hidden: torch.Tensor,
-        attention: CachedAttention,
-        images: _Images | None,
-        texts: _Texts | None,
-        params: SamplingParams,
-    ) -> None:
-        policy = self.policy
-        num_images = len(images.tokens) if images else 0
-        step = 0
-        while True:
-            embeds = []
-            num_image_rows = len(hidden) - (len(texts.active) if texts else 0)
-            if num_image_rows:
-                tokens = self._sample_images(hidden[:num_image_rows], images, step, params)
-                if step + 1 == images.length:
-                    attention.keep(torch.arange(num_image_rows, len(hidden), device=hidden.device))
-                else:
-                    codes = policy.embed_codes(tokens)
-                    embeds += [codes] * (num_image_rows // num_images)
-            if texts is not None and len(texts.active):
-                tokens, alive = self._sample_texts(hidden[num_image_rows:], texts, step, params)
-                # The cache is compacted when a quarter of its rows is idle, not at each row's end.
-                if len(alive) <= 0.75 * len(texts.active) or len(alive) == 0:
-                    kept_images = len(attention.lengths) - len(texts.active)
-                    image_rows = torch.arange(kept_images, device=hidden.device)
-                    attention.keep(torch.cat([image_rows, kept_images + alive]))
-                    texts.active, tokens = texts.active[alive], tokens[alive]
-                if len(tokens):
-                    embeds.append(policy.embed_text(tokens))
-            if not embeds:
-                return
-            inputs = torch.cat([part.to(hidden.dtype) for part in embeds])
-            hidden = policy.run_backbone(inputs[:, None], attention.lengths[:, None], attention)[:, 0]
-            attention.advance()
-            step += 1
+    def _refresh(self, weight_version: int | None) -> None:
+        """Forget what was computed from other weights."""
+        if weight_version is None or weight_version != self._version:
+            self.decoder.refresh()
+            self._unconditional = {}
+        self._version = weight_version
 
-    def _sample_images(self, hidden: torch.Tensor, images: _Images, step: int, params: SamplingParams) -> torch.Tensor:
-        policy = self.policy
-        logits = policy.image_head(policy.image_head_input(hidden)).float()
-        cond = logits[: len(images.tokens)]
-        if len(logits) > len(cond):
-            uncond = logits[len(cond) :]
-            guided = uncond + params.guidance * (cond - uncond)
+    def _sizes(
+        self, drawings: Sequence[Request], answers: Sequence[Request], params: SamplingParams, group_size: int
+    ) -> Sizes:
+        """What the buffers of a call must hold. For graphs numbers are rounded up: calls of like size share them."""
+        image_tokens, text_tokens = self.policy.num_image_tokens, params.max_new_tokens
+        longest = max((request.prefix for request in [*drawings, *answers]), default=0)
+        everything = Room(None, None)
+        for requests, tokens in ((drawings, image_tokens), (answers, text_tokens)):
+            for request in requests:
+                everything.take(request.prefixes(), tokens)
+        pages, limit = everything.pages, self._page_limit(longest, max(image_tokens, text_tokens))
+        copies = 2 if drawings and drawings[0].guided else 1
+        sizes = Sizes(
+            len(drawings), copies, len(answers), image_tokens, text_tokens, longest, group_size, min(pages, limit)
+        )
+        if not self.graphs or (self._worker is not None and self._worker.sizes.hold(sizes)):
+            return sizes
+        return sizes._replace(
+            images=bucket(sizes.images),
+            texts=bucket(sizes.texts),
+            longest=-(-longest // 64) * 64,
+            pages=min(pages + pages // 8, limit),
+        )
+
+    def _page_limit(self, longest: int, own: int) -> int:
+        """Pages that a call may use."""
+        limits = [sys.maxsize]
+        if self.max_rows is not None:
+            limits.append(self.max_rows * (longest // PAGE + private_pages(PAGE - 1, own)))
+        if self.kv_cache_tokens is not None:
+            limits.append(self.kv_cache_tokens // PAGE)
+        if self.policy.device.type == "cuda":
+            if self._memory_pages is None:
+                free, _ = torch.cuda.mem_get_info(self.policy.device)
+                self._memory_pages = int(0.9 * free) // self.geometry.page_bytes(PAGE)
+            limits.append(self._memory_pages)
+        return min(limits)
+
+    def _worker_for(self, sizes: Sizes, params: SamplingParams) -> PolicyWorker:
+        """The last call's worker where it serves this one, else a new one."""
+        worker = self._worker
+        if worker is not None and worker.params == params and worker.sizes.hold(sizes):
+            return worker
+        self._worker = None  # its memory first
+        if self.cache == "grouped":
+            cache = GroupedCache(
+                self.geometry,
+                self.rope,
+                copies=sizes.copies,
+                image_tokens=sizes.image_tokens,
+                text_tokens=sizes.text_tokens,
+            )
         else:
-            guided = cond
-        tokens, log_probs = sample(guided, images.seeds, step, params.temperature)
-        images.tokens[:, step] = tokens
-        images.log_probs[:, step] = log_probs
-        cond_log_probs = (cond / (params.temperature or 1.0)).log_softmax(-1)
-        images.cond_log_probs[:, step] = cond_log_probs.gather(-1, tokens[:, None]).squeeze(-1)
-        return tokens
+            cache = PagedCache(
+                self.geometry,
+                self.rope,
+                sizes.pages,
+                images=(sizes.copies, sizes.images),
+                texts=sizes.texts,
+                image_tokens=sizes.image_tokens,
+                text_tokens=sizes.text_tokens,
+                longest=sizes.longest,
+                group_size=sizes.group_size,
+                backend=self.backend,
+            )
+        self._worker = PolicyWorker(self.policy, self.decoder, cache, params, sizes, graphs=self.graphs)
+        return self._worker
 
-    def _sample_texts(
-        self, hidden: torch.Tensor, texts: _Texts, step: int, params: SamplingParams
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the tokens of the active rows and the indices, among them, of those that go on."""
-        policy = self.policy
-        active = texts.active
-        tokens, log_probs = sample(policy.text_head(hidden), texts.seeds[active], step, params.temperature)
-        going = ~texts.finished[active]
-        live, tokens_live = active[going], tokens[going]
-        texts.tokens[live, step] = tokens_live
-        texts.log_probs[live, step] = log_probs[going]
-        ended = live[tokens_live == policy.encoder.eos_id]
-        texts.finished[ended] = True
-        texts.lengths[ended] = step + 1
-        if step + 1 == texts.limit:
-            return tokens, active[:0]
-        return tokens, (~texts.finished[active]).nonzero().squeeze(-1)
+    def _unconditional_sources(self, lengths: set[int]) -> dict[int, Source]:
+        if not lengths <= self._unconditional.keys():
+            self._unconditional = prefill_unconditional(self.policy, sorted(lengths | self._unconditional.keys()))
+        return self._unconditional
 
-    def _image_samples(self, images: _Images) -> ImageSamples:
-        at_once = max(1, DECODE_PIXELS_AT_ONCE // self.policy.image_size**2)
-        pixels = [self.policy.decode_images(part) for part in images.tokens.split(at_once)]
-        return ImageSamples(
-            tokens=images.tokens,
-            log_probs=images.log_probs,
-            cond_log_probs=images.cond_log_probs,
-            pixels=torch.cat(pixels) if pixels else torch.empty(0, 3, 0, 0),
-        )
+    def _codes(self) -> torch.Tensor:
+        """(codes, hidden) embeddings of the image codes, computed once while what makes them stays as it is."""
+        versions = tuple(parameter._version for parameter in self.policy.code_parameters())
+        if self._code_table is None or self._code_table[0] != versions:
+            codes = torch.arange(self.policy.num_codes, device=self.policy.device)
+            self._code_table = versions, self.policy.embed_codes(codes).to(self.policy.dtype)
+        return self._code_table[1]
 
-    def _text_samples(self, texts: _Texts) -> TextSamples:
-        longest = int(texts.lengths.max()) if len(texts.lengths) else 0
-        rows = zip(texts.tokens.tolist(), texts.lengths.tolist(), strict=True)
-        return TextSamples(
-            tokens=texts.tokens[:, :longest],
-            lengths=texts.lengths,
-            log_probs=texts.log_probs[:, :longest],
-            answers=[self.policy.encoder.decode(row[:length]) for row, length in rows],
-            finished=texts.finished,
-        )
+    def _vision_features(self, images: Sequence[Image]) -> torch.Tensor | None:
+        """(P, T, hidden); each distinct image goes through the tower once."""
+        distinct = {id(image): image for image in images}
+        if not distinct:
+            return None
+        features = self.policy.vision_features(self.policy.preprocess(list(distinct.values())))
+        if len(distinct) == len(images):
+            return features
+        index = {key: i for i, key in enumerate(distinct)}
+        return features[[index[id(image)] for image in images]]

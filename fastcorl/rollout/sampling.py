@@ -1,48 +1,35 @@
-"""Sampling with counter-based noise: a row's noise depends on its seed, the step and the token id, on nothing else.
-
-So a row draws the same tokens whatever its neighbours, its place in the batch or the rank it runs on.
-"""
+"""How tokens are sampled, and the seed that makes a row reproducible."""
 
 import hashlib
+from dataclasses import dataclass
 
-import torch
 
-_MASK = 0xFFFFFFFF
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a call samples.
+
+    `temperature` 0 is greedy; `guidance` w mixes logits of drawings as u + w (c - u), 1 runs the conditional branch
+    alone; `max_new_tokens` ends answers; `top_k` and `top_p` restrict what is drawn, not the log-probs.
+    """
+
+    temperature: float = 1.0
+    guidance: float = 1.0
+    max_new_tokens: int = 512
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.guidance < 0:
+            raise ValueError(f"temperature {self.temperature} and guidance {self.guidance} must not be negative")
+        for name in ("max_new_tokens", "top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, must be over 0 and at most 1")
 
 
 def row_seed(*parts: object) -> int:
     """A 32-bit seed for a row from what identifies it (run seed, step, prompt id, index in the group, modality)."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2s(text.encode(), digest_size=4).digest(), "little")
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """A bijection of 32-bit integers with good avalanche (Wellons' lowbias32), on int64 tensors."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
-    x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
-    return x ^ (x >> 16)
-
-
-def gumbel_noise(seeds: torch.Tensor, step: int, num_tokens: int) -> torch.Tensor:
-    """(n,) int64 seeds -> (n, num_tokens) float32 standard Gumbel noise, a pure function of (seed, step, token id)."""
-    tokens = torch.arange(num_tokens, device=seeds.device)
-    # `_mix` maps 0 to 0; the offset keeps the plainest key, seed 0 at step 0, away from it.
-    rows = _mix(_mix(seeds + 0x9E3779B9 & _MASK) + step & _MASK)
-    bits = _mix(_mix(rows[:, None] + tokens & _MASK) ^ rows[:, None])
-    # High noise comes from a small uniform, where float32 is fine-grained; 1 would give infinite noise.
-    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform))
-
-
-def sample(
-    logits: torch.Tensor, seeds: torch.Tensor, step: int, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token per row from softmax(logits / temperature) by the Gumbel-max trick; temperature 0 is greedy.
-
-    Args: `logits` (n, V), any float type; `seeds` (n,) int64.
-    Returns: tokens (n,) int64 and their log-probs (n,) float32 (at temperature 1 when greedy).
-    """
-    scaled = logits.float() / (temperature or 1.0)
-    noisy = scaled + gumbel_noise(seeds, step, logits.shape[-1]) if temperature else scaled
-    tokens = noisy.argmax(-1)
-    return tokens, scaled.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)

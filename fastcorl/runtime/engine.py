@@ -156,6 +156,8 @@ class _DeepSpeedEngine:
         self.zero_stage = deepspeed.zero_stage
         # Under ZeRO 3 the engine's weights are shards; sampling uses a whole copy that is refilled once per rollout.
         self.shadow = copy.deepcopy(module.policy).requires_grad_(False) if self.zero_stage == 3 else None
+        if self.shadow is not None:
+            self.shadow.lay_out()
         self.module = module
         trained = _trained(module)
         self.engine, self.optimizer, _, _ = ds.initialize(

@@ -1,13 +1,11 @@
 """How many rows of logits are held at a time."""
 
-# Elements of one (rows, V) chunk of a linear head in plain torch, of which two or three are alive at a time: 4 MiB in
-# float32, which stays in a CPU's cache, and 128 MiB on CUDA. A chunk of few rows would make inefficient products, and
-# reads and writes the gradient of a trained head for little.
+# Elements of one (rows, V) chunk in plain torch, of which two or three are alive at a time: 4 MiB in float32, which
+# stays in a CPU's cache, and, of a linear head, 128 MiB on CUDA. A head's chunk of few rows would make inefficient
+# products, and reads and writes the gradient of a trained head for little.
 CHUNK_ELEMENTS = 2**20
 CUDA_CHUNK_ELEMENTS = 2**25
 CHUNK_ROWS = 64
-# Given logits are chunked for the cache's sake: 1 MiB in float32.
-LOGITS_CHUNK_ELEMENTS = 2**18
 # The Triton path holds one chunk, in the operands' type. Every chunk of a trained head reads and writes the float32
 # weight gradient once; a frozen head's chunk can be small enough to stay in the L2 cache.
 TRAINED_CHUNK_ELEMENTS = 2**28
@@ -21,7 +19,12 @@ def head_chunk_rows(vocabulary, device):
 
 
 def logits_chunk_rows(vocabulary):
-    return max(1, LOGITS_CHUNK_ELEMENTS // max(vocabulary, 1))
+    return max(1, CHUNK_ELEMENTS // max(vocabulary, 1))
+
+
+def fits_a_chunk(count, vocabulary):
+    """Whether a forward may keep log p for its backward."""
+    return count * vocabulary <= CHUNK_ELEMENTS
 
 
 def workspace_rows(vocabulary, count, trained):
@@ -33,8 +36,8 @@ def workspace_rows(vocabulary, count, trained):
 
 
 def row_spans(count, step):
-    """The ``(start, stop)`` spans of at most ``step`` rows that cover ``count`` rows."""
-    return [(start, min(start + step, count)) for start in range(0, count, step)]
+    """The ``(start, stop)`` spans of at most ``step`` rows that cover ``count`` rows; one, if there are none."""
+    return [(start, min(start + step, count)) for start in range(0, max(count, 1), step)]
 
 
 def aligned_spans(lengths, step):
@@ -45,6 +48,6 @@ def aligned_spans(lengths, step):
             spans.append((start, stop, first, number))
             start, first = stop, number
         stop += length
-    if stop > start:
+    if stop > start or not spans:
         spans.append((start, stop, first, len(lengths)))
     return spans

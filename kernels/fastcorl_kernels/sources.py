@@ -12,21 +12,34 @@ from fastcorl_kernels.checks import accumulator_dtype
 from fastcorl_kernels.chunking import (
     MINIMUM_CHUNK_ROWS,
     aligned_spans,
+    fits_a_chunk,
     head_chunk_rows,
     logits_chunk_rows,
     row_spans,
 )
-from fastcorl_kernels.grpo.objective import log_prob_gradient, summarize
+from fastcorl_kernels.grpo.objective import TokenTerms, log_prob_gradient, summarize, token_terms
 
 
-def entropy_rows(log_p, out=None):
-    """Entropy (C,) of ``log_p`` (C, V), and the probabilities, in ``out`` where given; clamps ``log_p`` in place.
+def log_softmax_backward(grad, log_p):
+    """``grad - exp(log_p) * grad.sum(1)``, (C, V), in place of ``grad``: what autograd runs."""
+    return torch._log_softmax_backward_data(grad, log_p, 1, log_p.dtype, out=grad)
+
+
+def probabilities(log_p, out=None):
+    """exp(log_p), (C, V); by way of log_softmax's backward, whose exp takes half the time of torch.exp."""
+    p = torch.zeros_like(log_p) if out is None else out.zero_()
+    p[:, 0] = -1.0
+    log_softmax_backward(p, log_p)
+    p[:, 0] = log_p[:, 0].exp()
+    return p
+
+
+def entropy_rows(log_p, p, out=None):
+    """Entropy (C,) of ``log_p`` and ``p``, (C, V) each; clamps ``log_p`` in place, and may overwrite one as ``out``.
 
     exp(-1e4) is 0 in float32 and float64 alike, so the clamp changes no product, and turns 0 * -inf into 0.
     """
-    p = torch.exp(log_p, out=out)
-    log_p.clamp_(min=-1e4)
-    return -torch.linalg.vecdot(p, log_p), p
+    return -torch.mul(p, log_p.clamp_(min=-1e4), out=out).sum(1)
 
 
 def logit_gradient(log_p, p, index, hit, grad_log_prob, temperature, entropy=None, grad_entropy=None):
@@ -43,9 +56,7 @@ def logit_gradient(log_p, p, index, hit, grad_log_prob, temperature, entropy=Non
         p *= log_p
     at_index = grad_log_prob if hit is None else torch.where(hit, grad_log_prob, 0.0)
     p.scatter_add_(1, index[:, None], at_index[:, None])
-    if isinstance(temperature, torch.Tensor) or temperature != 1.0:
-        p /= temperature
-    return p
+    return p if temperature is None else p.div_(temperature)
 
 
 class Source:
@@ -100,30 +111,36 @@ class Source:
         return weights.abs().amax().clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
 
     def chunk_temperature(self, start, stop):
+        """The temperature of a chunk, a number or (C, 1); None for 1."""
         if isinstance(self.temperature, torch.Tensor):
             return self.temperature[start:stop, None].to(self.dtype)
-        return self.temperature
+        return None if self.temperature == 1.0 else self.temperature
 
-    def chunk(self, start, stop, index, want_entropy=True):
-        """(log p (C, V), p or None, log_probs (C,), entropy or None) of a chunk at its temperature."""
+    def chunk(self, start, stop, index, want_entropy=True, spend=None):
+        """(log p (C, V), p or None, log_probs (C,), entropy or None) of a chunk at its temperature.
+
+        ``spend``, "log_p" or "p", names which of the two is needed no more and saves a third matrix.
+        """
         logits = self.scaled_logits(start, stop)
         if self.shard is not None:
             return self.sharded_chunk(logits, index)
         log_p = torch.log_softmax(logits, dim=1)
-        log_probs = log_p.gather(1, index[:, None]).squeeze(1)
+        log_probs = log_p.gather(1, index[:, None]).squeeze(1).clone()  # autograd guards views that it returns
         if not want_entropy:
             return log_p, None, log_probs, None
-        entropy, p = entropy_rows(log_p, self.gradient_room(start, stop))
-        return log_p, p, log_probs, entropy
+        p = probabilities(log_p, self.gradient_room(start, stop))
+        return log_p, p, log_probs, entropy_rows(log_p, p, {"log_p": log_p, "p": p}.get(spend))
 
     def sharded_chunk(self, logits, index):
         """``chunk`` of a part of the vocabulary; log p and p are this part's."""
         local_index, hit = self.shard.local(index)
         lse = torch.logsumexp(logits, dim=1)
         target = logits.gather(1, local_index[:, None]).squeeze(1).masked_fill(~hit, -torch.inf)
-        lse, log_probs, entropy = self.shard.combine(lse, target, entropy_rows(logits - lse[:, None])[0])
+        own = logits - lse[:, None]
+        lse, log_probs, entropy = self.shard.combine(lse, target, entropy_rows(own, probabilities(own)))
         log_p = logits.sub_(lse[:, None])
-        return log_p, entropy_rows(log_p)[1], log_probs, entropy
+        p = probabilities(log_p)
+        return log_p.clamp_(min=-1e4), p, log_probs, entropy
 
     def add_chunk(self, start, stop, log_p, p, index, grad_log_probs, entropy=None, grad_entropy=None):
         """Take the gradients of a chunk's log-probabilities and, where given, entropies back to the operands."""
@@ -135,22 +152,33 @@ class Source:
         self.add(start, stop, grad)
 
     def log_probs(self, index, want_entropy):
-        """(state for ``differentiate``, log_probs (M,), entropy (M,) or None)."""
-        log_probs = torch.empty(self.count, dtype=self.dtype, device=self.device)
-        entropy = torch.empty_like(log_probs) if want_entropy else None
+        """(state for ``differentiate``, log_probs (M,), entropy (M,) or None).
+
+        The state is log p (M, V) where that is small, else None.
+        """
+        keeps = self.shard is None and fits_a_chunk(self.count, self.vocabulary)
+        state, chunks = None, []
         for start, stop in row_spans(self.count, self.chunk_rows):
-            _, _, log_probs[start:stop], chunk_entropy = self.chunk(start, stop, index[start:stop], want_entropy)
-            if want_entropy:
-                entropy[start:stop] = chunk_entropy
-        return None, log_probs, entropy
+            log_p, p, *rows = self.chunk(start, stop, index[start:stop], want_entropy, spend="p")
+            chunks.append(rows)
+            state = log_p if keeps else None
+            del log_p, p  # before the next chunk is made
+        return state, *joined(chunks)
 
     def differentiate(self, state, index, grad_log_probs, needs, entropy=None, grad_entropy=None):
         """Gradients of the operands (None where not needed) from those of ``log_probs`` (M,) and ``entropy`` (M,)."""
         self.begin(needs)
         for start, stop in row_spans(self.count, self.chunk_rows):
             grad = grad_log_probs[start:stop]
-            if grad_entropy is None and self.shard is None:
-                p = torch.softmax(self.scaled_logits(start, stop), dim=1, out=self.gradient_room(start, stop))
+            room = self.gradient_room(start, stop)
+            if grad_entropy is None and state is not None:
+                at_index = torch.zeros_like(state) if room is None else room.zero_()
+                at_index.scatter_(1, index[:, None], grad[:, None])
+                temperature = self.chunk_temperature(start, stop)
+                grad_logits = log_softmax_backward(at_index, state)
+                self.add(start, stop, grad_logits if temperature is None else grad_logits.div_(temperature))
+            elif grad_entropy is None and self.shard is None:
+                p = torch.softmax(self.scaled_logits(start, stop), dim=1, out=room)
                 self.add_chunk(start, stop, None, p, index[start:stop], grad)
             else:
                 log_p, p, _, chunk_entropy = self.chunk(start, stop, index[start:stop])
@@ -165,22 +193,26 @@ class Source:
             return self.two_passes(batch, settings, needs)
         peak = self.peak(batch.weights)
         self.begin(needs)
-        log_probs = torch.empty(self.count, dtype=self.dtype, device=self.device)
-        entropy = torch.empty_like(log_probs)
+        chunks = []
         for start, stop, span in spans:
-            log_p, p, log_probs[start:stop], entropy[start:stop] = self.chunk(start, stop, span.token_ids)
-            upstream = over(log_prob_gradient(log_probs[start:stop], span, settings), peak)
-            self.add_chunk(start, stop, log_p, p, span.token_ids, upstream)
-        return summarize(log_probs, entropy, batch, settings), self.gradients(), peak
+            p, log_probs, entropy = self.chunk(start, stop, span.token_ids, spend="log_p")[1:]
+            terms = token_terms(log_probs, span, settings)
+            upstream = over(log_prob_gradient(terms, span.weights, span, settings), peak)
+            self.add_chunk(start, stop, None, p, span.token_ids, upstream)
+            chunks.append((entropy, *terms))
+            del p  # before the next chunk is made
+        entropy, *terms = joined(chunks)
+        return summarize(TokenTerms(*terms), entropy, batch), self.gradients(), peak
 
     def two_passes(self, batch, settings, needs):
         """``grpo`` with all log-probabilities first and then the gradients, if any are needed."""
         state, log_probs, entropy = self.log_probs(batch.token_ids, want_entropy=True)
-        result = summarize(log_probs, entropy, batch, settings)
+        terms = token_terms(log_probs, batch, settings)
+        result = summarize(terms, entropy, batch)
         if not any(needs):
             return result, self.buffers, None
         peak = self.peak(batch.weights)
-        upstream = over(log_prob_gradient(log_probs, batch, settings), peak)
+        upstream = over(log_prob_gradient(terms, batch.weights, batch, settings), peak)
         return result, self.differentiate(state, batch.token_ids, upstream, needs), peak
 
     def loss_spans(self, batch, settings):
@@ -213,6 +245,13 @@ class Source:
         return gradient.to(dtype)
 
 
+def joined(chunks):
+    """Of the row vectors of each chunk (None where there is nothing) those of all rows."""
+    if len(chunks) == 1:
+        return chunks[0]
+    return [None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True)]
+
+
 def over(values, peak):
     return values if peak is None else values / peak
 
@@ -239,7 +278,7 @@ class LogitsSource(Source):
             both = logits.isneginf() & uncond.isneginf()
             logits = (uncond + self.guidance * (logits - uncond)).masked_fill_(both, -torch.inf)
         temperature = self.chunk_temperature(start, stop)
-        return logits if isinstance(temperature, float) and temperature == 1.0 else logits / temperature
+        return logits if temperature is None else logits / temperature
 
     def begin(self, needs):
         # Rows that are not picked keep the zeros.
@@ -305,7 +344,7 @@ class HeadSource(Source):
         if self.bias is not None:
             logits += self.bias
         temperature = self.chunk_temperature(start, stop)
-        return logits if isinstance(temperature, float) and temperature == 1.0 else logits.div_(temperature)
+        return logits if temperature is None else logits.div_(temperature)
 
     def gradient_room(self, start, stop):
         return None

@@ -1,9 +1,11 @@
 """The sources of ``sources.py`` on Triton: row kernels for the softmax and the loss, cuBLAS for the products."""
 
+import functools
+
 import torch
 
 from fastcorl_kernels.chunking import MINIMUM_CHUNK_ROWS, row_spans, workspace_rows
-from fastcorl_kernels.grpo.objective import GRPOLoss, log_prob_gradient, summarize
+from fastcorl_kernels.grpo.objective import GRPOLoss, log_prob_gradient, summarize, token_terms
 from fastcorl_kernels.grpo.triton_kernels import TERMS, loss_rows, scale_gradient, summarize_terms
 from fastcorl_kernels.linear_log_softmax.triton_kernels import target_logits
 from fastcorl_kernels.log_softmax.triton_kernels import row_gradients, row_log_probs
@@ -29,13 +31,15 @@ class TritonLogitsSource(_TritonScale, LogitsSource):
     """Given logits: one launch over all rows, no chunks."""
 
     def _guided(self):
-        return {"uncond": self.operands[1] if len(self.operands) == 2 else None, "guidance": self.guidance}
+        if len(self.operands) == 1:
+            return {}
+        return {"uncond": self.operands[1], "guidance": self.guidance}
 
     def log_probs(self, index, want_entropy):
         return row_log_probs(self.operands[0], index, self.temperature, want_entropy, rows=self.rows, **self._guided())
 
     def differentiate(self, state, index, grad_log_probs, needs, entropy=None, grad_entropy=None):
-        self.begin([True] * len(self.operands))
+        self.begin(needs)
         row_gradients(
             self.operands[0],
             index,
@@ -49,7 +53,7 @@ class TritonLogitsSource(_TritonScale, LogitsSource):
             uncond_out=self.buffers[1] if len(self.buffers) == 2 else None,
             **self._guided(),
         )
-        return [gradient if need else None for gradient, need in zip(self.gradients(), needs, strict=True)]
+        return self.gradients()
 
     def grpo(self, batch, settings, needs):
         if settings.importance == "sequence":
@@ -58,7 +62,7 @@ class TritonLogitsSource(_TritonScale, LogitsSource):
         terms = torch.empty(TERMS, self.count, dtype=torch.float32, device=self.device)
         peak = None
         if any(needs):
-            self.begin([True] * len(self.operands))
+            self.begin(needs)
             peak = self.peak(batch.weights)
         loss_rows(
             self.operands[0],
@@ -72,8 +76,7 @@ class TritonLogitsSource(_TritonScale, LogitsSource):
             peak=peak,
             **self._guided(),
         )
-        gradients = [g if need else None for g, need in zip(self.gradients(), needs, strict=True)]
-        return grpo_result(log_probs, terms, batch), gradients, peak
+        return grpo_result(log_probs, terms, batch), self.gradients(), peak
 
 
 class TritonHeadSource(_TritonScale, HeadSource):
@@ -210,11 +213,17 @@ class TritonHeadSource(_TritonScale, HeadSource):
                 results = self.statistics(logits, index[part], chunk_target, self.temperature)
                 lse, log_probs[part], entropy[part] = results
                 if wants_gradient:
-                    upstream = over(log_prob_gradient(log_probs[part], span, settings), peak)
+                    gradient = log_prob_gradient(
+                        token_terms(log_probs[part], span, settings), span.weights, span, settings
+                    )
+                    upstream = over(gradient, peak)
                     row_gradients(logits, index[part], self.temperature, lse, upstream, logits, target=chunk_target)
             if wants_gradient:
                 self.add(start, stop, logits)
-        result = grpo_result(log_probs, terms, batch) if fused else summarize(log_probs, entropy, batch, settings)
+        if fused:
+            result = grpo_result(log_probs, terms, batch)
+        else:
+            result = summarize(token_terms(log_probs, batch, settings), entropy, batch)
         return result, self.gradients(), peak
 
     def begin(self, needs):
@@ -236,8 +245,6 @@ class TritonHeadSource(_TritonScale, HeadSource):
 
     def gradients(self):
         grad_hidden, *rest = super().gradients()
-        if self.count == 0 and rest[0] is not None:
-            rest[0].zero_()
         if grad_hidden is not None and self.rows is not None:
             hidden = self.operands[0]
             grad_hidden = hidden.new_zeros(hidden.shape, dtype=grad_hidden.dtype).index_copy_(0, self.rows, grad_hidden)
@@ -249,10 +256,19 @@ def add_product(total, left, right, first):
 
     total (V, H) is float32, whatever the type of left (V, C) and right (C, H).
     """
-    if left.dtype != torch.float32 and not total.is_cuda:  # Triton's interpreter; mixed types exist on CUDA only
+    if left.dtype != torch.float32 and not mixes_types(total.device):
         left, right = left.float(), right.float()
     mixed = {} if left.dtype == torch.float32 else {"out_dtype": torch.float32}
     if first:
         torch.mm(left, right, **mixed, out=total)
     else:
         torch.addmm(total, left, right, **mixed, out=total)
+
+
+@functools.cache
+def mixes_types(device):
+    """Whether torch's products take 16-bit operands into a float32 sum: from torch 2.8, on NVIDIA from Ampere on."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    known = all("dtype_out" in product.overloads() for product in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    return known and torch.cuda.get_device_capability(device) >= (8, 0)

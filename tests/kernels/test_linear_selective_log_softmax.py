@@ -97,16 +97,18 @@ def test_no_tensor_of_rows_times_vocabulary(set_chunk_rows, record_operations):
     assert record.largest <= chunk * v < n * v
 
 
-def test_what_is_frozen_costs_no_product(set_chunk_rows, record_operations):
+@pytest.mark.parametrize(("rows", "expected"), [(100, [3, 2, 2]), (4, [8, 6, 6])])
+def test_what_is_frozen_or_kept_costs_no_product(set_chunk_rows, record_operations, rows, expected):
+    """A single chunk is kept for the backward; two are computed again."""
     hidden, weight, _, index = problem()
-    set_chunk_rows(100, 11)
+    set_chunk_rows(rows, 11)
     counts = []
     for trained in ((hidden, weight), (hidden,), (weight,)):
         operands = [t if any(t is x for x in trained) else t.detach() for t in (hidden, weight)]
         with record_operations() as record:
             linear_selective_log_softmax(*operands, index).sum().backward()
         counts.append(record.products)
-    assert counts == [4, 3, 3]
+    assert counts == expected
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcorl_kernels import (
     chunking,
@@ -58,6 +59,21 @@ def expected_loss(function, scores, vocabulary, p, advantages, settings, old, ma
         ratios,
     )
     return function(*scores, batch, LossSettings(**settings), **guided)
+
+
+class GradientBuffers(TorchDispatchMode):
+    """How many tensors of a shape are made to be filled."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        aten = torch.ops.aten
+        makes = function.overloadpacket in (aten.empty_like, aten.zeros_like, aten.empty, aten.zeros, aten.new_zeros)
+        self.count += makes and out.shape == self.shape
+        return out
 
 
 def assert_same(got, expected, inputs, exact_inputs, tolerance=1e-5, upstream=2.5):
@@ -212,6 +228,32 @@ def test_guided_logits(make_problem, triton_device, tiling, guidance, importance
         **settings,
     )
     assert_same(got, expected, (logits, uncond), (exact_logits, exact_uncond))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("moving", [0, 1])
+def test_a_fixed_part_of_guided_logits_costs_no_gradient(triton_device, tiling, moving, importance, linear, backend):
+    g = torch.Generator().manual_seed(0)
+    parts = [torch.randn(6, 37, generator=g).to(triton_device) for _ in range(2)]
+    head = [torch.randn(29, 37, generator=g).to(triton_device)] if linear else []
+    rest = (torch.arange(6, device=triton_device), torch.tensor([1.0, -2.0], device=triton_device))
+    mask = torch.arange(6, device=triton_device) != 3
+    kwargs = {"cu_seqlens": torch.tensor([0, 2, 6]), "mask": mask, "policy": "cfg", "guidance": 3.0}
+
+    def gradients(wanted):
+        leaves = [part.clone().requires_grad_(i in wanted) for i, part in enumerate(parts)]
+        with GradientBuffers(leaves[0].shape) as buffers:
+            loss = (linear_grpo_loss if linear else grpo_loss)(
+                leaves[0], *head, *rest, uncond=leaves[1], importance=importance, backend=backend, **kwargs
+            ).loss
+            loss.backward()
+        return [leaf.grad for leaf in leaves], buffers.count
+
+    (expected, both), (got, one) = gradients((0, 1)), gradients((moving,))
+    assert torch.equal(got[moving], expected[moving]) and got[1 - moving] is None
+    assert linear or one == both - 1
 
 
 @pytest.mark.parametrize("per_row", [False, True])

@@ -1,10 +1,10 @@
-"""The packed and the cached backbone against transformers' own, one sequence at a time."""
+"""The packed backbone against transformers' own, one sequence at a time."""
 
 import pytest
 import torch
 
 from fastcorl.algorithm import PackOptions, pack_rollout
-from fastcorl.model import CachedAttention, PackedAttention, pack_prompts
+from fastcorl.model import PackedAttention, pack_prompts
 from fastcorl.rollout import RolloutEngine, SamplingParams
 from tests.helpers import image_hidden, published_text_inputs, unconditional_ids
 
@@ -116,38 +116,22 @@ def test_gradients_of_a_pack_equal_those_of_its_sequences(policy, reference):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_cached_decoding_equals_the_packed_forward_and_rows_may_leave(policy):
-    sequences = torch.tensor(random_ids([20] * 4))
-    prompts = [3, 9, 1, 6]  # how much of each is prefilled
+def test_a_sequence_may_continue_a_part_of_another(policy, reference):
+    chain, *tails = random_ids([12, 1, 3, 2, 5])
+    seen = [1, 7, 12, 4]
     with torch.no_grad():
-        packed = pack_prompts(sequences.tolist(), None, policy.encoder.image_id, policy.device)
-        expected = policy.hidden_states(packed).view(4, 20, -1)
-        batch = pack_prompts(
-            [row[:length].tolist() for row, length in zip(sequences, prompts, strict=True)],
-            None,
-            policy.encoder.image_id,
-            policy.device,
+        ids = torch.tensor([*chain, *(token for tail in tails for token in tail)])
+        positions = [*range(12)]
+        for tail, length in zip(tails, seen, strict=True):
+            positions += range(length, length + len(tail))
+        bounds = torch.tensor([12, *map(len, tails)]).cumsum(0)
+        attention = PackedAttention(
+            torch.cat([torch.tensor([0]), bounds]),
+            torch.tensor([-1, 0, 0, 0, 0]),
+            prefix_lengths=torch.tensor([0, *seen]),
         )
-        prefill = PackedAttention(batch.cu_seqlens, keep_kv=True)
-        policy.run_backbone(policy.embed(batch)[None], batch.position_ids[None], prefill)
-        lengths = torch.tensor(prompts)
-
-        def cache(states):
-            # What lies beyond a row's length must not matter.
-            out = torch.full((4, states.shape[1], 20, states.shape[2]), 1e4)
-            for row, part in enumerate(states.split(prompts)):
-                out[row, :, : len(part)] = part.transpose(0, 1)
-            return out
-
-        attention = CachedAttention([cache(k) for k in prefill.keys], [cache(v) for v in prefill.values], lengths)
-        rows = torch.arange(4)
-        for step in range(11):
-            if step == 4:  # drop one row and reorder the others
-                attention.keep(torch.tensor([3, 0, 1]))
-                rows = torch.tensor([3, 0, 1])
-            at = attention.lengths
-            embeds = policy.embed_text(sequences[rows, at])[:, None]
-            hidden = policy.run_backbone(embeds, at[:, None], attention)[:, 0]
-            attention.advance()
-            torch.testing.assert_close(hidden, expected[rows, at], rtol=0, atol=1e-5)
-    assert attention.lengths.tolist() == [17, 14, 20]
+        hidden = policy.run_backbone(policy.embed_text(ids)[None], torch.tensor([positions]), attention)[0]
+        parts = hidden.split([12, *map(len, tails)])[1:]
+        for part, tail, length in zip(parts, tails, seen, strict=True):
+            expected = alone(reference, [*chain[:length], *tail])[length:]
+            torch.testing.assert_close(part, expected, rtol=0, atol=1e-5)

@@ -33,41 +33,6 @@ def test_decoded_images_are_those_of_transformers(policy, reference):
     torch.testing.assert_close(pixels, expected.clamp(0, 1))
 
 
-def test_match_states_of_a_batch_equal_those_one_by_one(policy, reference, prompts):
-    captions = [prompt.caption for prompt in prompts]
-    captions[3] = captions[0]  # the same caption twice
-    pixels = torch.rand(len(captions), 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
-    images, texts, mask = policy.match_states(pixels, captions)
-    assert images.shape == (len(captions), NUM_IMAGE_TOKENS, HIDDEN_SIZE)
-    tokenizer, processor = policy.processor.tokenizer, policy.processor
-    mean, std = (
-        torch.tensor(values).view(3, 1, 1)
-        for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
-    )
-    for row, caption in enumerate(captions):
-        caption_ids = tokenizer(caption, add_special_tokens=False)["input_ids"]
-        ids = [tokenizer.bos_token_id, policy.encoder.begin_image_id]
-        ids += [policy.encoder.image_id] * NUM_IMAGE_TOKENS
-        ids += tokenizer.convert_tokens_to_ids([processor.image_end_token]) + caption_ids
-        with torch.no_grad():
-            hidden = reference.model(
-                input_ids=torch.tensor([ids]), pixel_values=((pixels[row] - mean) / std)[None]
-            ).last_hidden_state[0]
-        torch.testing.assert_close(images[row], hidden[2 : 2 + NUM_IMAGE_TOKENS], rtol=0, atol=1e-5)
-        assert mask[row].sum() == len(caption_ids)
-        torch.testing.assert_close(texts[row][mask[row]], hidden[-len(caption_ids) :], rtol=0, atol=1e-5)
-        assert not texts[row][~mask[row]].any()
-        one = policy.match_states(pixels[row : row + 1], [caption])
-        torch.testing.assert_close(one[0][0], images[row], rtol=0, atol=1e-5)
-        torch.testing.assert_close(one[1][0], texts[row][mask[row]], rtol=0, atol=1e-5)
-
-
-def test_match_states_resizes_drawings(policy):
-    pixels = torch.rand(2, 3, 4 * IMAGE_SIZE, 4 * IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
-    images, _, _ = policy.match_states(pixels, ["a red 3", "5"])
-    assert images.shape == (2, NUM_IMAGE_TOKENS, HIDDEN_SIZE) and images.isfinite().all()
-
-
 @pytest.mark.parametrize("features", [None, torch.zeros(2, NUM_IMAGE_TOKENS, HIDDEN_SIZE)])
 def test_placeholders_and_features_must_match(policy, features):
     prompts = [policy.encoder.ask("what?")]

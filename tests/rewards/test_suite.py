@@ -28,7 +28,7 @@ def plugin(monkeypatch):
 
 @pytest.fixture
 def make_suite(policy, captioner):
-    return lambda **config: RewardSuite(RewardsConfig(**config), policy, captioner=captioner)
+    return lambda **config: RewardSuite(RewardsConfig(**config), policy, policy, captioner=captioner)
 
 
 def test_unified_total(make_suite, make_rollout, policy):
@@ -58,7 +58,7 @@ def test_drawings_alone(make_suite, make_rollout):
 
 
 def test_texts_alone_are_unweighted_and_need_no_captioner(policy, make_rollout):
-    suite = RewardSuite(RewardsConfig(answer_weight=0.3, captioner="/nowhere"), policy)
+    suite = RewardSuite(RewardsConfig(answer_weight=0.3, captioner="/nowhere"), policy, policy)
     scores = suite(make_rollout(ANSWERS, images=False))
     assert set(scores.parts) == {"accuracy", "format"}
     assert torch.equal(scores.total, ACCURACY + FORMAT)
@@ -67,7 +67,7 @@ def test_texts_alone_are_unweighted_and_need_no_captioner(policy, make_rollout):
 def test_a_missing_captioner_is_a_value_error_at_the_first_drawing(policy, make_rollout, monkeypatch, tmp_path):
     monkeypatch.setattr(captioner_module, "QUICKSTART_FOLDER", tmp_path / "gone")
     with pytest.raises(ValueError, match="no captioner at 'quickstart'"):
-        RewardSuite(RewardsConfig(), policy)(make_rollout())
+        RewardSuite(RewardsConfig(), policy, policy)(make_rollout())
 
 
 def test_nothing_to_score_is_a_value_error(make_suite, make_rollout):

@@ -1,10 +1,14 @@
 """Rollouts against transformers' text generation and Janus's published image sampling."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fastcorl.model import load_policy, save_policy
-from fastcorl.rollout import RolloutEngine, SamplingParams, gumbel_noise, row_seed
+from fastcorl.rollout import RolloutEngine, SamplingParams, row_seed
+from fastcorl.rollout.worker import PolicyWorker
+from fastcorl_kernels import gumbel_noise
 from tests.helpers import (
     IMAGE_SIZE,
     NUM_IMAGE_TOKENS,
@@ -18,9 +22,9 @@ from tests.helpers import (
 LIMIT = 24
 
 
-@pytest.fixture(scope="module")
-def engine(policy):
-    return RolloutEngine(policy)
+@pytest.fixture(scope="module", params=["grouped", "paged"])
+def engine(policy, request):
+    return RolloutEngine(policy, cache=request.param)
 
 
 def assert_same_images(ours, theirs):
@@ -246,6 +250,40 @@ def test_nothing_to_do(engine, prompts, draw, answer, guidance):
     if not draw and not answer:
         rollout = engine.generate(prompts, 4, params, draw=False, answer=False)
         assert rollout.num_rows == 4 * len(prompts) and rollout.images is None and rollout.texts is None
+
+
+def test_an_empty_question_is_answered(engine, policy, reference, prompts):
+    empty = [replace(prompts[0], question="", caption="")]
+    rollout = engine.generate(empty, 2, SamplingParams(0.0, 5.0, LIMIT))
+    check_greedy_answers(engine, policy, reference, empty, LIMIT)
+    assert rollout.images.tokens.shape == (2, NUM_IMAGE_TOKENS)
+
+
+def test_both_rows_of_a_drawing_are_fed_the_same_tokens(engine, prompts, monkeypatch):
+    fed = []
+    step = PolicyWorker.step
+    monkeypatch.setattr(
+        PolicyWorker,
+        "step",
+        lambda worker: fed.append(worker.images.tokens[:, : worker.images.count].clone()) or step(worker),
+    )
+    images = engine.generate(prompts, 2, SamplingParams(1.0, 5.0, LIMIT), answer=False).images
+    assert len(fed) == NUM_IMAGE_TOKENS - 1
+    for index, tokens in enumerate(fed):
+        assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[0], images.tokens[:, index])
+
+
+@pytest.mark.parametrize("truncation", [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 40, "top_p": 0.8}])
+def test_truncation_restricts_what_is_drawn_and_no_log_prob(engine, prompts, truncation):
+    params = SamplingParams(1.0, 5.0, LIMIT, **truncation)
+    rollout = engine.generate(prompts, 4, params, seed=3)
+    whole = engine.generate(prompts, 4, SamplingParams(1.0, 5.0, LIMIT), seed=3)
+    assert not torch.equal(rollout.images.tokens, whole.images.tokens)
+    # Likelier tokens on the whole, under the same distribution at the first token, which all rows of a prompt share.
+    assert rollout.images.log_probs.mean() > whole.images.log_probs.mean()
+    if "top_k" in truncation and "top_p" not in truncation:
+        for row in range(0, 4 * len(prompts), 4):
+            assert len(rollout.images.tokens[row : row + 4, 0].unique()) <= 3
 
 
 def test_what_a_rollout_holds(engine, policy, prompts):

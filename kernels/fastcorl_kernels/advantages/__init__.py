@@ -46,10 +46,9 @@ def group_advantages(
     check_choice(scale, "scale", SCALES)
     check_number(eps, "eps")
     columns = 1 if rewards.dim() == 1 else rewards.shape[1]
-    if weights is None:
-        weights = torch.ones(columns, dtype=torch.float64, device=rewards.device)
-    weights = torch.as_tensor(weights, dtype=torch.float64, device=rewards.device)
-    require(tuple(weights.shape) == (columns,), "weights", f"shape ({columns},), one per reward column", weights)
+    if weights is not None:
+        weights = torch.as_tensor(weights, dtype=torch.float64, device=rewards.device)
+        require(tuple(weights.shape) == (columns,), "weights", f"shape ({columns},), one per reward column", weights)
     if resolve_backend(backend, rewards) == "triton":
         from fastcorl_kernels.advantages.triton_kernels import group_advantages_triton
 

@@ -4,15 +4,16 @@ import torch
 
 
 def group_advantages_reference(rewards, group_size, weights, mode, scale, eps):
-    """See ``group_advantages``; rewards (n,) or (n, k), weights (k,) float64."""
+    """See ``group_advantages``; rewards (n,) or (n, k), weights (k,) float64, or None for ones."""
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     # float64: the tensors are tiny, and float32 sums of weighted columns would make equal rewards differ.
     columns = rewards.detach().double()
     columns = columns[:, None] if columns.dim() == 1 else columns
-    # A column of weight 0 is left out, not multiplied by 0: its NaN must not reach the others.
-    weighted = torch.where(weights == 0, 0.0, columns * weights)
     if mode == "sum_then_normalize":
+        # A column of weight 0 is left out, not multiplied by 0: its NaN must not reach the others.
+        weighted = columns if weights is None else torch.where(weights == 0, 0.0, columns * weights)
         return normalize_groups(weighted.sum(dim=1), group_size, scale, eps).to(dtype)
+    weights = columns.new_ones(columns.shape[1]) if weights is None else weights
     normalized = torch.stack([normalize_groups(c, group_size, scale, eps) for c in columns.unbind(1)], dim=1)
     advantages = (normalized * weights).sum(dim=1)
     if scale == "std":
@@ -29,15 +30,11 @@ def normalize_groups(rewards, group_size, scale, eps):
     groups = rewards.view(-1, group_size)
     counted = groups.isfinite()
     count = counted.sum(dim=1, keepdim=True)
-    safe = torch.where(counted, groups, 0.0)
-    mean = safe.sum(dim=1, keepdim=True) / count.clamp(min=1)
-    centered = torch.where(counted, groups - mean, 0.0)
+    # Distances from a member are exactly 0 where all are equal; the mean of equal numbers is not always that number.
     highest = torch.where(counted, groups, -torch.inf).amax(dim=1, keepdim=True)
-    lowest = torch.where(counted, groups, torch.inf).amin(dim=1, keepdim=True)
-    # The mean of equal numbers is not always that number, so equality is tested, not inferred from the spread.
-    centered = torch.where(lowest >= highest, 0.0, centered)
+    distance = torch.where(counted, groups - highest, 0.0)
+    centered = torch.where(counted, distance - distance.sum(dim=1, keepdim=True) / count.clamp(min=1), 0.0)
     if scale == "std":
         variance = centered.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
-        deviation = variance.sqrt() + eps
-        centered = torch.where(centered == 0, 0.0, centered / deviation)
+        centered = torch.where(centered == 0, 0.0, centered / (variance.sqrt() + eps))
     return centered.reshape(-1)

@@ -10,12 +10,11 @@ def normalize(rewards, inside, eps, SCALE: tl.constexpr):
     """(GROUP, COLUMNS) float64 rewards to advantages per column, and which entries counted."""
     counted = inside & (rewards == rewards) & (tl.abs(rewards) != float("inf"))
     count = tl.sum(counted.to(tl.float64), 0)
-    safe = tl.where(counted, rewards, 0.0)
-    mean = tl.sum(safe, 0) / tl.maximum(count, 1.0)
+    # Distances from a member are exactly 0 where all are equal; the mean of equal numbers is not always that number.
     highest = tl.max(tl.where(counted, rewards, float("-inf")), 0)
-    lowest = tl.min(tl.where(counted, rewards, float("inf")), 0)
-    # The mean of equal numbers is not always that number, so equality is tested, not inferred from the spread.
-    centered = tl.where(counted & (lowest < highest)[None, :], rewards - mean[None, :], 0.0)
+    distance = tl.where(counted, rewards - highest[None, :], 0.0)
+    mean = tl.sum(distance, 0) / tl.maximum(count, 1.0)
+    centered = tl.where(counted, distance - mean[None, :], 0.0)
     if SCALE:
         variance = tl.sum(centered * centered, 0) / tl.maximum(count - 1.0, 1.0)
         deviation = tl.sqrt(variance) + eps
@@ -101,10 +100,12 @@ def normalize_then_sum_kernel(
 
 
 def group_advantages_triton(rewards, group_size, weights, mode, scale, eps):
-    """See ``group_advantages``; rewards (n,) or (n, k), weights (k,) float64."""
+    """See ``group_advantages``; rewards (n,) or (n, k), weights (k,) float64, or None for ones."""
     rewards = rewards.detach()
     rewards = rewards[:, None] if rewards.dim() == 1 else rewards
     count, columns = rewards.shape
+    if weights is None:
+        weights = torch.ones(columns, dtype=torch.float64, device=rewards.device)
     out = torch.empty(count, dtype=torch.float32, device=rewards.device)
     if count == 0:
         return out

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from fastcorl_kernels.checks import accumulator_dtype, check_choice, check_number, require
 from fastcorl_kernels.grpo import grpo_loss
 from fastcorl_kernels.grpo.batch import IMPORTANCE, LossSettings, prepare_batch
-from fastcorl_kernels.grpo.objective import token_terms
+from fastcorl_kernels.grpo.objective import TokenLosses, token_terms
 from fastcorl_kernels.linear_grpo import linear_grpo_loss
 from fastcorl_kernels.linear_log_softmax import linear_selective_log_softmax
 from fastcorl_kernels.log_softmax import selective_log_softmax
@@ -384,9 +384,10 @@ def _per_token(rows, completions, arguments, settings):
     log_probs = selective_log_softmax(
         rows.index_select(0, batch.rows), batch.token_ids, temperature=settings.temperature
     )
-    terms = token_terms(log_probs, batch, settings)
-    loss = completions.dense(batch.scatter(terms.loss))
-    kl = None if settings.beta == 0.0 else completions.dense(batch.scatter(terms.kl))
+    loss = completions.dense(batch.scatter(TokenLosses.apply(log_probs, batch, settings)))
+    kl = None
+    if settings.beta != 0.0:
+        kl = completions.dense(batch.scatter(token_terms(log_probs, batch, settings).kl))
     clipped = completions.is_clipped(completions.dense(batch.scatter(log_probs.detach())))
     return loss, kl, clipped.to(dtype)
 

@@ -65,7 +65,7 @@ def grpo_loss(
             importance sampling): they multiply the policy term, not the KL, and carry no gradient.
         policy: ``"cond"``, or ``"cfg"``: the policy is the guided distribution u + guidance * (c - u).
         uncond: (N, V), with ``policy="cfg"`` the logits u without the condition; ``logits`` are c. Both get
-            gradients; detach u to keep it fixed.
+            gradients; detach u to keep it fixed, and it costs none.
         guidance: weight of the guidance, at least 0.
         backend: None, ``"torch"`` or ``"triton"``; None is Triton on CUDA (torch for float64).
 

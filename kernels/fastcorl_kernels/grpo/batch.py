@@ -78,6 +78,8 @@ class TokenBatch:
 
     def span(self, start, stop, sequences=None):
         """Rows ``start`` to ``stop`` alone; ``sequences`` (first, last + 1) if they are whole sequences."""
+        if stop - start == self.token_ids.shape[0]:
+            return self
         names = ("token_ids", "advantages", "old_log_probs", "ref_log_probs", "weights", "sequence_ids")
         fields = {name: getattr(self, name) for name in names}
         fields = {name: None if values is None else values[start:stop] for name, values in fields.items()}
@@ -165,7 +167,8 @@ def _torch_table(settings, cu_seqlens, row_count, mask, rows, advantages, import
     lengths = _kept_lengths(cu_seqlens, mask)
 
     def by_row(values):
-        return values[sequence_ids] if values.shape[0] == cu_seqlens.shape[0] - 1 else _pick(values, rows)
+        per_sequence = values.shape[0] == cu_seqlens.shape[0] - 1
+        return values.index_select(0, sequence_ids) if per_sequence else _pick(values, rows)
 
     advantages = by_row(advantages).to(dtype)
     if importance_ratios is not None:
@@ -201,10 +204,10 @@ def _check_cu_seqlens(cu_seqlens, row_count):
     fits = fits and cu_seqlens.dtype in (torch.int32, torch.int64)
     require(fits, "cu_seqlens", "an int32 or int64 tensor of shape (sequences + 1,)", cu_seqlens)
     if cu_seqlens.device.type == "cpu":
-        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if first != 0 or last != row_count or bool((cu_seqlens.diff() < 0).any()):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != row_count or bounds != sorted(bounds):
             expected = f"boundaries that rise from 0 to the {row_count} rows"
-            raise ValueError(f"cu_seqlens: expected {expected}, got {cu_seqlens.tolist()}")
+            raise ValueError(f"cu_seqlens: expected {expected}, got {bounds}")
     return cu_seqlens.long().contiguous()
 
 
@@ -247,5 +250,5 @@ def _row_weights(settings, lengths, sequence_ids, dtype):
     if isinstance(normalizer, torch.Tensor):
         normalizer = normalizer.detach().reshape(()).to(device=lengths.device, dtype=dtype)
     if settings.loss_type == "grpo":
-        return 1.0 / (lengths[sequence_ids].to(dtype) * normalizer)
+        return (1.0 / (lengths.to(dtype) * normalizer)).index_select(0, sequence_ids)
     return torch.ones(sequence_ids.shape[0], dtype=dtype, device=lengths.device) / normalizer

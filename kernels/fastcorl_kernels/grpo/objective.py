@@ -1,13 +1,14 @@
 """The GRPO objective on the log-probabilities of the rows that count: one home for the maths of every loss.
 
 All branches select; none multiplies by 0. A ratio may be infinite, and 0 * inf would carry a NaN into rows that the
-clip, or an advantage of 0, had left out. For the same reason ``exp`` only sees the log-ratios whose gradient is wanted.
+clip, or an advantage of 0, had left out. The derivatives are written out, next to the values that they share.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -32,90 +33,105 @@ class GRPOLoss:
 
 
 class TokenTerms(NamedTuple):
-    """Per row (M,): the loss before its weight, k3 or None, the ratio, and whether a bound replaced the ratio."""
+    """Per row (M,), without a graph.
 
-    loss: torch.Tensor
-    kl: torch.Tensor | None
-    ratio: torch.Tensor
-    bounded: torch.Tensor
-
-
-class SegmentMean(torch.autograd.Function):
-    """Each row's value becomes the mean over its sequence: (M,) to (M,).
-
-    A symmetric projection, so the backward is the forward. ``segment_reduce`` adds in a fixed order where scatter and
-    ``index_add`` use atomics; ``unsafe`` leaves out checks that make the host wait.
+    Attributes:
+        log_probs: the policy's.
+        loss: before the row's weight.
+        slope: derivative of the loss without KL by the log-ratio; by the log-probability for ``"cispo"``.
+        ratio: before clipping.
+        bounded: whether a bound replaced the ratio.
+        kl, kl_slope: k3 and its derivative by the log-probability; None without a reference.
     """
 
-    @staticmethod
-    def forward(ctx, values, lengths, sequence_ids):
-        ctx.save_for_backward(lengths, sequence_ids)
-        if values.numel() == 0:  # which segment_reduce refuses
-            return values.clone()
-        sums = torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0.0, unsafe=True)
-        return (sums / lengths.clamp(min=1))[sequence_ids]
-
-    @staticmethod
-    def backward(ctx, grad):
-        return SegmentMean.apply(grad.contiguous(), *ctx.saved_tensors), None, None
+    log_probs: torch.Tensor
+    loss: torch.Tensor
+    slope: torch.Tensor
+    ratio: torch.Tensor
+    bounded: torch.Tensor
+    kl: torch.Tensor | None
+    kl_slope: torch.Tensor | None
 
 
 def token_terms(log_probs, batch, settings):
-    """The per-row terms of the loss at ``log_probs`` (M,)."""
-    old = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
-    log_ratio = _difference(log_probs, old)
+    """The terms of the loss at ``log_probs`` (M,)."""
+    log_probs = log_probs.detach()
+    log_ratio = _difference(log_probs, log_probs if batch.old_log_probs is None else batch.old_log_probs)
     if settings.importance == "sequence":
-        log_ratio = SegmentMean.apply(log_ratio, batch.lengths, batch.sequence_ids)
-    ratio = log_ratio.detach().exp()
+        log_ratio = segment_mean(log_ratio, batch)
+    ratio = log_ratio.exp_()
     if settings.loss_type == "cispo":
-        loss, bounded = _cispo(log_probs, ratio, batch.advantages, settings)
+        loss, slope, bounded = _cispo(log_probs, ratio, batch.advantages, settings)
     else:
-        loss, bounded = _clipped(log_ratio, ratio, batch.advantages, settings)
-    kl = None
+        loss, slope, bounded = _clipped(ratio, batch.advantages, settings)
+    kl = kl_slope = None
     if batch.ref_log_probs is not None:
-        kl = _k3(log_probs, batch.ref_log_probs)
+        gap = _difference(batch.ref_log_probs, log_probs)
+        growth = torch.expm1(gap)
+        kl, kl_slope = growth - gap, -growth
         if settings.beta != 0.0:
             loss = loss + settings.beta * kl
-    return TokenTerms(loss, None if kl is None else kl.detach(), ratio, bounded)
+    return TokenTerms(log_probs, loss, slope, ratio, bounded, kl, kl_slope)
 
 
-def log_prob_gradient(log_probs, batch, settings):
-    """Gradient (M,) of the loss with respect to ``log_probs``."""
-    with torch.enable_grad():
-        leaf = log_probs.detach().requires_grad_()
-        loss = (batch.weights * token_terms(leaf, batch, settings).loss).sum()
-        return torch.autograd.grad(loss, leaf)[0]
+def log_prob_gradient(terms, upstream, batch, settings):
+    """Gradient (M,) of ``(upstream * terms.loss).sum()`` with respect to the log-probabilities."""
+    grad = upstream * terms.slope
+    if settings.loss_type != "cispo":
+        if settings.importance == "sequence":
+            grad = segment_mean(grad, batch)  # a symmetric projection: its derivative is itself
+        # Where old and new are -inf their difference is 0 by definition, and constant; elsewhere the ratio is 0.
+        grad.masked_fill_(terms.log_probs.isneginf(), 0.0)
+    return grad if settings.beta == 0.0 else grad + settings.beta * upstream * terms.kl_slope
 
 
-def summarize(log_probs, entropy, batch, settings):
-    """``GRPOLoss`` from ``log_probs`` (M,), through which the loss stays differentiable, and ``entropy`` (M,)."""
-    terms = token_terms(log_probs, batch, settings)
+def summarize(terms, entropy, batch):
+    """``GRPOLoss`` without a graph from the terms and the ``entropy`` (M,) of all rows of ``batch``."""
+    count = max(entropy.numel(), 1)
     return GRPOLoss(
         loss=(batch.weights * terms.loss).sum(),
-        log_probs=batch.scatter(log_probs.detach()),
-        entropy=_mean(entropy.detach()),
-        kl=None if terms.kl is None else _mean(terms.kl),
-        clip_fraction=_mean(terms.bounded.to(log_probs.dtype)),
+        log_probs=batch.scatter(terms.log_probs),
+        entropy=entropy.sum() / count,
+        kl=None if terms.kl is None else terms.kl.sum() / count,
+        clip_fraction=terms.bounded.sum(dtype=entropy.dtype) / count,
         ratio_max=terms.ratio.max() if terms.ratio.numel() else terms.ratio.new_zeros(()),
     )
 
 
-def _mean(values):
-    return values.sum() / max(values.numel(), 1)
+class TokenLosses(torch.autograd.Function):
+    """``token_terms(...).loss``, differentiable in the log-probabilities."""
+
+    @staticmethod
+    def forward(ctx, log_probs, batch, settings):
+        terms = token_terms(log_probs, batch, settings)
+        # A context that kept its own output would be a cycle.
+        ctx.terms, ctx.batch, ctx.settings = terms._replace(loss=None), batch, settings
+        return terms.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_losses):
+        return log_prob_gradient(ctx.terms, grad_losses, ctx.batch, ctx.settings), None, None
+
+
+def segment_mean(values, batch):
+    """Each row's value becomes the mean over its sequence: (M,) to (M,).
+
+    ``segment_reduce`` adds in a fixed order where scatter and ``index_add`` use atomics; ``unsafe`` leaves out checks
+    that make the host wait.
+    """
+    if values.numel() == 0:  # which segment_reduce refuses
+        return values
+    sums = torch.segment_reduce(values, "sum", lengths=batch.lengths, axis=0, initial=0.0, unsafe=True)
+    return (sums / batch.lengths.clamp(min=1)).index_select(0, batch.sequence_ids)
 
 
 def _difference(a, b):
-    """``a - b``, with 0 where both are -inf."""
-    same = a.detach().isneginf() & b.isneginf()
-    return a.masked_fill(same, 0.0) - b.masked_fill(same, 0.0)
+    """``a - b``, with 0 where they are equal: also where both are -inf."""
+    return (a - b).masked_fill_(a == b, 0.0)
 
 
-def _k3(log_probs, ref_log_probs):
-    gap = -_difference(log_probs, ref_log_probs)
-    return torch.expm1(gap) - gap
-
-
-def _clipped(log_ratio, ratio, advantages, settings):
+def _clipped(ratio, advantages, settings):
     """-min(min(ratio, delta) * A, clip(ratio) * A), as -(the ratio that min picks) * A."""
     picked = ratio if settings.delta is None else ratio.clamp(max=settings.delta)
     if settings.eps_low is not None:
@@ -123,15 +139,14 @@ def _clipped(log_ratio, ratio, advantages, settings):
         lower, upper = torch.minimum(picked, clipped), torch.maximum(picked, clipped)
         picked = torch.where(advantages > 0, lower, upper)
     weighs = advantages != 0
+    picked = torch.where(weighs, picked, ratio.clamp(max=1.0))  # inf * 0 would be NaN
     free = (picked == ratio) & weighs
-    bounded = (picked != ratio) & weighs & ~ratio.isnan()
-    picked = picked.masked_fill(~weighs & picked.isinf(), 0.0)
-    moving = torch.where(free, log_ratio, 0.0).exp()
-    return -torch.where(free, moving, picked) * advantages, bounded
+    loss = -picked * advantages
+    return loss, torch.where(free, loss, 0.0), (weighs ^ free) & ~ratio.isnan()
 
 
 def _cispo(log_probs, ratio, advantages, settings):
     """-min(ratio, 1 + eps_high).detach() * A * log_prob."""
     capped = ratio.clamp(max=1.0 + settings.eps_high)
-    factor = capped * advantages
-    return -factor * torch.where(factor == 0, 0.0, log_probs), (capped < ratio) & (advantages != 0)
+    slope = -capped * advantages
+    return slope * torch.where(slope == 0, 0.0, log_probs), slope, (capped < ratio) & (advantages != 0)

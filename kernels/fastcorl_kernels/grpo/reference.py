@@ -1,6 +1,8 @@
-"""Plain torch GRPO loss from logits; holds the (N, V) log-probabilities, and differentiates by autograd."""
+"""Plain torch GRPO loss from logits; holds the (N, V) log-probabilities, and differentiates them by autograd."""
 
-from fastcorl_kernels.grpo.objective import summarize
+from dataclasses import replace
+
+from fastcorl_kernels.grpo.objective import TokenLosses, summarize, token_terms
 from fastcorl_kernels.log_softmax.reference import entropy_reference, guided_reference, log_softmax_reference
 
 
@@ -17,4 +19,5 @@ def kept_rows_loss(logits, batch, settings):
     """The loss from the logits of the rows that count, (M, V)."""
     log_p = log_softmax_reference(logits, settings.temperature)
     log_probs = log_p.gather(1, batch.token_ids[:, None]).squeeze(1)
-    return summarize(log_probs, entropy_reference(log_p.detach()), batch, settings)
+    result = summarize(token_terms(log_probs, batch, settings), entropy_reference(log_p.detach()), batch)
+    return replace(result, loss=(batch.weights * TokenLosses.apply(log_probs, batch, settings)).sum())

@@ -86,8 +86,8 @@ def grpo_rows_kernel(
             uncond_row = uncond + place * uncond_row_stride
         if grad_logits is not None:
             grad_row = grad_logits + place * grad_row_stride
-            if uncond is not None:
-                grad_uncond_row = grad_uncond + place * grad_uncond_row_stride
+        if grad_uncond is not None:
+            grad_uncond_row = grad_uncond + place * grad_uncond_row_stride
         counts = True
         if mask is not None:
             counts = tl.load(mask + i) != 0
@@ -143,7 +143,7 @@ def grpo_rows_kernel(
             tl.store(terms + 3 * term_stride + i, bounded.to(tl.float32))
             tl.store(terms + 4 * term_stride + i, ratio)
             tl.store(log_probs + i, log_prob)
-            if grad_logits is not None:
+            if (grad_logits is not None) or (grad_uncond is not None):
                 grad_log_prob *= tl.load(grad_weights + i)
                 if WHOLE:
                     grad = tile_gradient(x, offsets, chosen, lse, grad_log_prob, None, None)
@@ -172,7 +172,7 @@ def grpo_rows_kernel(
             tl.store(log_probs + i, 0.0)
             for term in tl.static_range(5):
                 tl.store(terms + term * term_stride + i, 0.0)
-            if grad_logits is not None:
+            if (grad_logits is not None) or (grad_uncond is not None):
                 zeros = tl.zeros((TILE,), tl.float32)
                 for start in range(0, vocabulary, TILE):
                     columns = start + offsets
@@ -297,10 +297,10 @@ def loss_rows(
     grad_uncond=None,
     peak=None,
 ):
-    """Log-probabilities (M,), loss terms (5, M) and, unless ``grad_logits`` is None, the gradient of the logits.
+    """Log-probabilities (M,), loss terms (5, M) and, unless both are None, the gradients of the logits.
 
-    logits (M, V), any strides; ``grad_logits`` (M, V) may be ``logits`` itself. ``batch`` has the M rows; masked ones
-    get zeros. ``peak``, a one-element tensor, divides the gradient.
+    logits (M, V), any strides; ``grad_logits`` (M, V) may be ``logits`` itself; ``grad_uncond`` (M, V) is that of
+    ``uncond``. ``batch`` has the M rows; masked ones get zeros. ``peak``, a one-element tensor, divides the gradients.
     """
     count, vocabulary = logits.shape
     if count == 0:
@@ -309,7 +309,6 @@ def loss_rows(
     tile, warps = tile_and_warps(vocabulary, WHOLE_ROW if whole else None)
     clip = settings.eps_low is not None
     cispo = settings.loss_type == "cispo"
-    grad_strides = [0 if grad is None else grad.stride(0) for grad in (grad_logits, grad_uncond)]
     grad_weights = batch.weights if peak is None else batch.weights / peak
     grpo_rows_kernel[(program_count(count, logits.device, 4 if whole else 1),)](
         logits,
@@ -331,7 +330,8 @@ def loss_rows(
         vocabulary,
         *logits.stride(),
         *strides(uncond),
-        *grad_strides,
+        strides(grad_logits)[0],
+        strides(grad_uncond)[0],
         guidance,
         1.0 / settings.temperature,
         settings.beta,

@@ -46,7 +46,8 @@ def linear_grpo_loss(
         hidden: (N, H) floating tensor.
         weight: (V, H) floating tensor. A ``weight``, ``bias`` or ``hidden`` that does not require grad costs no
             gradient.
-        bias: (V,) floating tensor or None.
+        bias: (V,) floating tensor or None. The Triton path adds it in the type of the product: a float32 bias of a
+            16-bit head is rounded to 16 bits, as the sum is, but for the drawn token.
         uncond: (N, H), with ``policy="cfg"`` the hidden states without the condition. A head is linear, so the
             guided logits are those of the guided hidden states, and cost one matrix product.
         process_group: splits the vocabulary: weight and bias are this process's rows of the head, everything else is

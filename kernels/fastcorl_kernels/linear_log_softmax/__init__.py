@@ -21,13 +21,15 @@ def linear_selective_log_softmax(
 ):
     """``selective_log_softmax(hidden @ weight.T + bias, index)`` without an (N, V) tensor, forward or backward.
 
-    The backward computes the logits again, chunk by chunk (4 matrix products in all, 3 for a frozen head).
+    The backward computes the logits again, chunk by chunk (4 matrix products in all, 3 for a frozen head); plain torch
+    keeps up to 2**20 of them and saves that product.
 
     Args:
         hidden: (N, H) floating tensor.
         weight: (V, H) floating tensor; if it does not require grad, its gradient is not computed.
         index: (N,) int32 or int64, in [0, V).
-        bias: (V,) floating tensor or None.
+        bias: (V,) floating tensor or None. The Triton path adds it in the type of the product: a float32 bias of a
+            16-bit head is rounded to 16 bits, as the sum is, but for the drawn token.
         temperature: positive number that divides the logits, or (N,) floating tensor, one per row.
         return_entropy: also return the entropy of each row's distribution, differentiable as well.
         process_group: splits the vocabulary: weight and bias are this process's rows of the head, hidden and index are

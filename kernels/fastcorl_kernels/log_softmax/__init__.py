@@ -23,7 +23,8 @@ def selective_log_softmax(logits, index, *, temperature=1.0, return_entropy=Fals
 
     Returns:
         log_probs (N,), or (log_probs, entropy), both (N,); float32, or float64 for float64 logits. The backward
-        computes the softmax again; nothing of size (N, V) is kept but ``logits``. Only first derivatives exist.
+        computes the softmax again: nothing of size (N, V) is kept but ``logits``, and up to 2**20 log-probabilities.
+        Only first derivatives exist.
 
     Raises:
         ValueError: naming the argument that does not fit (ids out of range: on the CPU only).

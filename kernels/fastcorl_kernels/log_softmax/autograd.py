@@ -1,7 +1,7 @@
 """One autograd function for log-probabilities from any source of logits; the backward sees the logits again."""
 
 import functools
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -11,9 +11,15 @@ def needed_gradients(*operands):
     return tuple(torch.is_grad_enabled() and operand.requires_grad for operand in operands)
 
 
-@contextmanager
 def op_context(tensor):
     """Without autocast, since the operations choose their own types, and on the tensor's device, as Triton needs."""
+    if tensor.is_cuda or torch.is_autocast_enabled(tensor.device.type):
+        return _op_context(tensor)
+    return nullcontext()
+
+
+@contextmanager
+def _op_context(tensor):
     with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
         yield
 

@@ -123,11 +123,14 @@ def gradient_kernel(
         if rows is not None:
             place = tl.load(rows + i)
         row = logits + place * row_stride
-        grad_row = grad_logits + place * grad_row_stride
         uncond_row = None
+        grad_row = None
         grad_uncond_row = None
         if uncond is not None:
             uncond_row = uncond + place * uncond_row_stride
+        if grad_logits is not None:
+            grad_row = grad_logits + place * grad_row_stride
+        if grad_uncond is not None:
             grad_uncond_row = grad_uncond + place * grad_uncond_row_stride
         if inverse_temperatures is not None:
             inverse_temperature = tl.load(inverse_temperatures + i)
@@ -243,6 +246,8 @@ def row_gradients(
 ):
     """Write the gradient of the raw logits of the picked rows to ``out`` (N, V), which may be ``logits`` itself.
 
+    That of ``uncond`` goes to ``uncond_out``; where one of the two is None, it is not written.
+
     ``grad_log_probs`` and ``grad_entropy`` (M,) are the upstream gradients of ``row_log_probs``.
     """
     count = index.shape[0]
@@ -266,8 +271,8 @@ def row_gradients(
         logits.shape[1],
         *logits.stride(),
         *strides(uncond),
-        out.stride(0),
-        0 if uncond_out is None else uncond_out.stride(0),
+        strides(out)[0],
+        strides(uncond_out)[0],
         guidance,
         inverse_temperatures,
         inverse_temperature,

@@ -102,12 +102,14 @@ def tile_gradient(x, columns, index, lse, grad_log_prob, entropy, grad_entropy):
 
 @triton.jit
 def store_gradient(grad, grad_row, grad_uncond_row, columns, inside, guidance, inverse_temperature):
-    """Write the gradient of the raw logits; guided logits hand guidance and 1 - guidance of it to their two parts."""
+    """Write the gradient of the raw logits to the rows that are not None.
+
+    Guided logits hand guidance and 1 - guidance of it to their two parts; guidance is 1 for others.
+    """
     grad *= inverse_temperature
-    if grad_uncond_row is None:
-        tl.store(grad_row + columns, grad.to(grad_row.dtype.element_ty), mask=inside)
-    else:
+    if grad_row is not None:
         tl.store(grad_row + columns, (guidance * grad).to(grad_row.dtype.element_ty), mask=inside)
+    if grad_uncond_row is not None:
         uncond_grad = (1.0 - guidance) * grad
         tl.store(grad_uncond_row + columns, uncond_grad.to(grad_uncond_row.dtype.element_ty), mask=inside)
 

@@ -1,0 +1,140 @@
+"""The device's side of a call: prefill, decode steps and sampling."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fastcorl.model import Policy
+from fastcorl.rollout.decoder import Decoder
+from fastcorl.rollout.decoding import RowCache
+from fastcorl.rollout.graphs import StepGraphs, bucket
+from fastcorl.rollout.prefill import Source, prefill_prompts
+from fastcorl.rollout.requests import Request
+from fastcorl.rollout.rows import ImageRows, TextRows
+from fastcorl.rollout.sampling import SamplingParams
+
+
+class Sizes(NamedTuple):
+    """What a worker's buffers are made for: numbers of drawings, of rows per drawing, and of answers; the lengths of
+    drawings, answers and prompts (without the last token); rows that share a prompt; pages of the cache."""
+
+    images: int
+    copies: int
+    texts: int
+    image_tokens: int
+    text_tokens: int
+    longest: int
+    group_size: int
+    pages: int
+
+    def hold(self, other: "Sizes") -> bool:
+        """Whether buffers of these sizes serve a call of others."""
+        exact = ("copies", "image_tokens", "text_tokens", "group_size")
+        return all(
+            getattr(self, name) == getattr(other, name)
+            if name in exact
+            else getattr(self, name) >= getattr(other, name)
+            for name in self._fields
+        )
+
+
+class Inputs(NamedTuple):
+    """What one call brings: prompts that requests name by their index, per question the (T, hidden) features of its
+    image, the (codes, hidden) embeddings of image codes, and what gives the sources of unconditional prompts of given
+    lengths."""
+
+    draw_ids: Sequence[Sequence[int]]
+    ask_ids: Sequence[Sequence[int]]
+    features: Sequence[torch.Tensor]
+    code_table: torch.Tensor
+    unconditional: Callable[[set[int]], dict[int, Source]]
+
+
+class PolicyWorker:
+    """Runs a policy on rows. Its buffers stay where they are from call to call, so that CUDA graphs stay valid."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        decoder: Decoder,
+        cache: RowCache,
+        params: SamplingParams,
+        sizes: Sizes,
+        *,
+        graphs: bool,
+    ):
+        self.policy, self.decoder, self.cache, self.params, self.sizes = policy, decoder, cache, params, sizes
+        device, end_id = policy.device, policy.encoder.eos_id
+        self.images = ImageRows(sizes.images, sizes.image_tokens, sizes.copies, device)
+        self.texts = TextRows(sizes.texts, sizes.text_tokens, end_id, device)
+        self.graphs = StepGraphs(self._step, device) if graphs else None
+        self.inputs: Inputs | None = None
+        self.prefilled: dict[tuple[str, int], Source] = {}
+
+    def begin(self, inputs: Inputs) -> None:
+        """Forget the last call."""
+        if self.graphs and self.inputs and self.inputs.code_table is not inputs.code_table:
+            self.graphs.clear()
+        self.inputs, self.prefilled = inputs, {}
+        self.images.keep([])
+        self.texts.keep([])
+        self.cache.set_images([])
+        self.cache.keep_texts([])
+
+    def prefill_images(self, requests: Sequence[Request]) -> list[Source]:
+        drawn = self._prefill(requests, self.inputs.draw_ids, None)
+        if self.sizes.copies == 1:
+            return drawn
+        lengths = [request.prefix + 1 for request in requests]
+        twins = self.inputs.unconditional(set(lengths))
+        return drawn + [twins[length] for length in lengths]
+
+    def prefill_texts(self, requests: Sequence[Request]) -> list[Source]:
+        return self._prefill(requests, self.inputs.ask_ids, self.inputs.features)
+
+    def _prefill(
+        self, requests: Sequence[Request], prompts: Sequence[Sequence[int]], features: Sequence[torch.Tensor] | None
+    ) -> list[Source]:
+        """Every prompt once; one whose rows come in parts is kept in between."""
+        wanted = dict.fromkeys((request.modality, request.prompt) for request in requests)
+        kept = {key: self.prefilled[key] for key in wanted if key in self.prefilled}
+        new = [key for key in wanted if key not in kept]
+        sources = prefill_prompts(
+            self.policy,
+            [prompts[prompt] for _, prompt in new],
+            [features[prompt] if features is not None else None for _, prompt in new],
+        )
+        modality = requests[0].modality
+        self.prefilled = {key: source for key, source in self.prefilled.items() if key[0] != modality} | kept
+        self.prefilled |= dict(zip(new, sources, strict=True))
+        return [self.prefilled[request.modality, request.prompt] for request in requests]
+
+    def sample_images(self, hidden: torch.Tensor, rows: slice) -> None:
+        self.images.sample(self.policy, hidden, self.params, rows)
+
+    def sample_texts(self, hidden: torch.Tensor, rows: slice) -> None:
+        self.texts.sample(self.policy.text_head, hidden, self.params, rows)
+
+    def step(self) -> None:
+        if self.graphs is None:
+            self._step(self.images.count, self.texts.count)
+        else:
+            self.graphs.run(bucket(self.images.count), bucket(self.texts.count))
+
+    def _step(self, images: int, texts: int) -> None:
+        """Feed the first `images` drawings and `texts` answers their last tokens and sample the next."""
+        embeds = []
+        if images:
+            embeds.append(F.embedding(self.images.tokens[:, :images].flatten(), self.inputs.code_table))
+        if texts:
+            embeds.append(self.policy.embed_text(self.texts.tokens[0, :texts]))
+        self.cache.begin_step(images, texts)
+        hidden = self.decoder(embeds[0] if len(embeds) == 1 else torch.cat(embeds), self.cache)
+        self.cache.advance()
+        image_rows = images * self.sizes.copies
+        if images:
+            self.sample_images(hidden[:image_rows], slice(0, images))
+        if texts:
+            self.sample_texts(hidden[image_rows:], slice(0, texts))

@@ -1,0 +1,100 @@
+"""Sampling on a GPU: Triton kernels, CUDA graphs, bfloat16."""
+
+import pytest
+import torch
+
+from fastcorl.algorithm import PackOptions, pack_rollout, packed_log_probs
+from fastcorl.rollout import RolloutEngine, SamplingParams
+from tests.helpers import make_policy, objective_options
+
+pytestmark = pytest.mark.gpu
+
+PARAMS = SamplingParams(1.0, 5.0, 24)
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def cuda_policy(request):
+    policy = make_policy().to("cuda", request.param)
+    policy.lay_out()
+    return policy
+
+
+def assert_same(ours, theirs):
+    for name in ("images", "texts"):
+        one, other = getattr(ours, name), getattr(theirs, name)
+        if one is not None:
+            assert torch.equal(one.tokens, other.tokens)
+            assert torch.equal(one.log_probs, other.log_probs)
+
+
+@pytest.mark.parametrize("max_rows", [None, 11])
+def test_graphs_replay_what_the_step_does(cuda_policy, prompts, max_rows):
+    graphed = RolloutEngine(cuda_policy, max_rows=max_rows)
+    eager = RolloutEngine(cuda_policy, max_rows=max_rows)
+    expected = eager.generate(prompts, 4, PARAMS, seed=1)
+    eager._worker.graphs.run = eager._worker._step  # the same rounded numbers, never captured
+    again = eager.generate(prompts, 4, PARAMS, seed=1)
+    assert_same(again, expected)
+    for _ in range(3):  # captured in the first call, replayed from its second step on
+        assert_same(graphed.generate(prompts, 4, PARAMS, seed=1), expected)
+    assert graphed._worker.graphs.graphs
+    assert_same(graphed.generate(prompts, 4, PARAMS, seed=2), eager.generate(prompts, 4, PARAMS, seed=2))
+
+
+def test_a_graph_captured_at_short_context_serves_long_ones(cuda_policy, prompts):
+    params = SamplingParams(1.0, 1.0, 900)
+    engines = [RolloutEngine(cuda_policy) for _ in range(2)]
+    for engine in engines:
+        engine.context, engine.rope = 1024, engine.decoder.rope_table(1024)
+    with torch.no_grad():
+        end = cuda_policy.text_head.weight[cuda_policy.encoder.eos_id]
+        kept = end.clone()
+        end.zero_()  # answers go on to the limit
+    try:
+        texts = engines[0].generate(prompts, 2, params, draw=False).texts
+        assert (texts.lengths > 600).all()
+        engines[1].generate(prompts[:1], 1, params, draw=False)
+        engines[1]._worker.graphs.run = engines[1]._worker._step
+        eager = engines[1].generate(prompts, 2, params, draw=False).texts
+        assert torch.equal(texts.tokens, eager.tokens)
+    finally:
+        with torch.no_grad():
+            end.copy_(kept)
+
+
+def test_sampled_log_probs_are_near_the_teacher_forced_ones(cuda_policy, prompts):
+    rollout = RolloutEngine(cuda_policy).generate(prompts, 4, PARAMS, seed=3)
+    options = objective_options(guidance=5.0)
+    (batch,) = pack_rollout(rollout, torch.zeros(rollout.num_rows, device="cuda"), PackOptions(100_000))
+    # Guidance is not in this policy, so nothing multiplies the rounding of bfloat16.
+    bound = 1e-3 if cuda_policy.dtype == torch.float32 else 0.25
+    for modality, log_probs in packed_log_probs(cuda_policy, batch, options).items():
+        distance = (log_probs - getattr(batch, modality).sampled_log_probs).abs()
+        assert distance.max() < bound and distance.mean() < bound / 10
+
+
+def test_float32_tokens_are_those_of_the_cpu(policy, prompts):
+    cuda = make_policy().to("cuda")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ours = RolloutEngine(cuda).generate(prompts, 4, PARAMS, seed=4)
+    theirs = RolloutEngine(policy).generate(prompts, 4, PARAMS, seed=4)
+    # A tie within rounding may fall differently, and then the rest of the row does.
+    same = (ours.images.tokens.cpu() == theirs.images.tokens).all(dim=1).float().mean()
+    assert same > 0.9
+
+
+def test_graphs_see_weights_that_change_in_place(cuda_policy, prompts):
+    engine = RolloutEngine(cuda_policy)
+    before = engine.generate(prompts, 4, PARAMS, seed=5, weight_version=0)
+    assert_same(engine.generate(prompts, 4, PARAMS, seed=5, weight_version=0), before)
+    with torch.no_grad():
+        for parameter in cuda_policy.backbone.parameters():
+            parameter.mul_(1.1)
+    try:
+        after = engine.generate(prompts, 4, PARAMS, seed=5, weight_version=1)
+        assert not torch.equal(after.images.tokens, before.images.tokens)
+        assert_same(after, RolloutEngine(cuda_policy).generate(prompts, 4, PARAMS, seed=5))
+    finally:
+        with torch.no_grad():
+            for parameter in cuda_policy.backbone.parameters():
+                parameter.div_(1.1)

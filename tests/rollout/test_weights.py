@@ -1,0 +1,181 @@
+"""Sampling with weights that are the trainer's own: shared, updated in place, guarded."""
+
+import copy
+
+import pytest
+import torch
+
+from fastcorl.model import load_policy, save_policy
+from fastcorl.model.projections import joint_projections, side_by_side
+from fastcorl.rollout import RolloutEngine, SamplingParams
+from fastcorl.rollout import engine as engine_module
+from fastcorl.rollout.decoder import Decoder
+from tests.helpers import make_policy
+
+PARAMS = SamplingParams(1.0, 5.0, 8)
+
+
+@pytest.fixture
+def own_policy():
+    return make_policy()
+
+
+def same(one, other):
+    return torch.equal(one.images.tokens, other.images.tokens) and one.texts.answers == other.texts.answers
+
+
+# Layout
+
+
+def test_side_by_side():
+    whole = torch.arange(24.0).view(6, 4)
+    parts = whole.split([1, 3, 2])
+    joint = side_by_side(parts)
+    assert torch.equal(joint, whole) and joint.data_ptr() == whole.data_ptr()
+    assert torch.equal(side_by_side(parts[1:]), whole[1:])
+    assert side_by_side([parts[0], parts[2]]) is None  # a gap
+    assert side_by_side([parts[1], parts[0]]) is None  # another order
+    assert side_by_side([parts[0], parts[1].clone()]) is None  # other storage
+    assert side_by_side([whole[:, :2], whole[:, 2:]]) is None
+
+
+def test_a_laid_out_model_is_read_in_place_and_is_the_same_model(own_policy, prompts):
+    before = {name: tensor.clone() for name, tensor in own_policy.state_dict().items()}
+    copied = RolloutEngine(own_policy)
+    expected = copied.generate(prompts, 2, PARAMS)
+    assert copied.decoder.copied_bytes() > 0
+    own_policy.lay_out()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in own_policy.state_dict().items())
+    engine = RolloutEngine(own_policy)
+    assert engine.decoder.copied_bytes() == 0
+    assert same(engine.generate(prompts, 2, PARAMS), expected)
+
+
+def test_loading_lays_out_saving_and_copying_keep_values(own_policy, tmp_path):
+    save_policy(own_policy, tmp_path / "first")
+    loaded = load_policy(tmp_path / "first")
+    assert Decoder(loaded.backbone).copied_bytes() == 0
+    twin = copy.deepcopy(loaded)  # as the one that ZeRO 3 samples with
+    twin.lay_out()
+    assert Decoder(twin.backbone).copied_bytes() == 0
+    save_policy(loaded, tmp_path / "second")
+    again = load_policy(tmp_path / "second").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in own_policy.state_dict().items())
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "copied"])
+def test_an_optimizer_step_is_seen_by_the_next_rollout(own_policy, prompts, in_place):
+    if in_place:
+        own_policy.lay_out()
+    engine = RolloutEngine(own_policy)
+    before = engine.generate(prompts, 2, PARAMS, seed=1, weight_version=0)
+    assert same(engine.generate(prompts, 2, PARAMS, seed=1, weight_version=0), before)
+    optimizer = torch.optim.SGD(own_policy.backbone.parameters(), lr=0.05)
+    for parameter in own_policy.backbone.parameters():
+        parameter.grad = torch.sign(parameter.detach())
+    optimizer.step()
+    after = engine.generate(prompts, 2, PARAMS, seed=1, weight_version=1)
+    assert not same(after, before)
+    assert same(after, RolloutEngine(own_policy).generate(prompts, 2, PARAMS, seed=1))
+
+
+def test_the_joint_storage_follows_each_projection(own_policy):
+    own_policy.lay_out()
+    decoder = Decoder(own_policy.backbone)
+    for block, (qkv, gate_up) in zip(decoder.blocks, joint_projections(own_policy.backbone), strict=True):
+        for joint, linears in ((block.qkv, qkv), (block.gate_up, gate_up)):
+            for linear in linears:
+                with torch.no_grad():
+                    linear.weight.add_(1.0)
+            assert torch.equal(joint.weight, torch.cat([linear.weight for linear in linears]))
+
+
+# What is kept between calls
+
+
+def count_calls(monkeypatch, name):
+    calls = []
+    function = getattr(engine_module, name)
+    monkeypatch.setattr(engine_module, name, lambda *args: calls.append(args) or function(*args))
+    return calls
+
+
+def test_the_unconditional_chain_lives_as_long_as_its_weights(own_policy, prompts, monkeypatch):
+    calls = count_calls(monkeypatch, "prefill_unconditional")
+    engine = RolloutEngine(own_policy)
+
+    def draw(chosen, version):
+        engine.generate([prompts[i] for i in chosen], 1, PARAMS, answer=False, weight_version=version)
+        return len(calls)
+
+    assert [draw([0], 0), draw([0], 0), draw([0, 4], 0), draw([0], 0), draw([4], 0)] == [1, 1, 2, 2, 2]
+    assert [draw([0], 1), draw([0], 1)] == [3, 3]
+    assert [draw([0], None), draw([0], None)] == [4, 5]  # unknown weights: nothing is kept
+    assert [draw([0], 1), draw([0], 1)] == [6, 6]
+
+
+def test_the_table_of_codes_is_made_once_and_again_when_its_weights_change(own_policy, prompts):
+    engine = RolloutEngine(own_policy)
+    first = engine.generate(prompts, 1, PARAMS, answer=False, weight_version=0)
+    table = engine._codes()
+    codes = torch.arange(own_policy.num_codes)
+    assert torch.equal(table, own_policy.embed_codes(codes))
+    engine.generate(prompts, 1, PARAMS, answer=False, weight_version=1)
+    assert engine._codes() is table
+    with torch.no_grad():
+        own_policy.janus.model.generation_embeddings.weight.mul_(-1)
+    second = engine.generate(prompts, 1, PARAMS, answer=False, weight_version=1)
+    assert engine._codes() is not table
+    assert not torch.equal(first.images.tokens, second.images.tokens)
+
+
+def test_each_image_goes_through_the_tower_once(own_policy, prompts, monkeypatch):
+    seen = []
+    tower = own_policy.vision_features
+    monkeypatch.setattr(own_policy, "vision_features", lambda pixels: seen.append(len(pixels)) or tower(pixels))
+    pair = [prompts[0], prompts[1], prompts[0]]
+    rollout = RolloutEngine(own_policy).generate(pair, 4, PARAMS)
+    assert seen == [2] and len(rollout.vision_features) == 3
+    assert torch.equal(rollout.vision_features[0], rollout.vision_features[2])
+    assert not torch.equal(rollout.vision_features[0], rollout.vision_features[1])
+
+
+# Guards
+
+
+def test_a_parameter_that_moved_trips_the_guard(own_policy, prompts):
+    engine = RolloutEngine(own_policy)
+    engine.generate(prompts, 1, PARAMS)
+    weight = own_policy.backbone.layers[1].mlp.down_proj.weight
+    weight.data = weight.data.clone()
+    with pytest.raises(
+        RuntimeError, match="layers.1.mlp.down_proj.weight has moved since the rollout engine was built"
+    ):
+        engine.generate(prompts, 1, PARAMS)
+    RolloutEngine(own_policy).generate(prompts, 1, PARAMS)
+
+
+def test_another_kind_of_backbone_is_refused(own_policy):
+    own_policy.backbone.config.model_type = "qwen2"
+    with pytest.raises(TypeError, match="decodes Llama backbones with SiLU, not 'qwen2'"):
+        RolloutEngine(own_policy)
+
+
+def test_biases_of_projections_are_used(prompts):
+    policy = make_policy()
+    config = copy.deepcopy(policy.backbone.config)
+    config.attention_bias = config.mlp_bias = True
+    backbone = type(policy.backbone)(config).eval()
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            parameter.normal_(0, 0.3) if name.endswith("bias") else parameter.copy_(policy.backbone.get_parameter(name))
+    policy.janus.model.language_model = backbone
+    backbone.set_attn_implementation("fastcorl")
+    rollout = RolloutEngine(policy).generate(prompts, 1, PARAMS, draw=False)
+    for row, prompt in enumerate(prompts):
+        answer = rollout.texts.tokens[row, : rollout.texts.lengths[row]]
+        ids = policy.encoder.ask(prompt.question)
+        (states,) = RolloutEngine(policy).hidden_states([ids + answer.tolist()], [rollout.vision_features[row]])
+        with torch.no_grad():
+            log_probs = policy.text_head(states[len(ids) - 1 : -1]).log_softmax(-1).gather(1, answer[:, None])[:, 0]
+        torch.testing.assert_close(log_probs, rollout.texts.log_probs[row, : len(answer)], rtol=0, atol=1e-4)

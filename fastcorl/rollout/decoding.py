@@ -32,8 +32,8 @@ class RowCache(DecodeCache, Protocol):
 class Worker(Protocol):
     """Does on the device what `Decoding` decides on the host."""
 
-    images: ImageRows | None
-    texts: TextRows | None
+    images: ImageRows
+    texts: TextRows
     cache: RowCache
 
     def prefill_images(self, requests: Sequence[Request]) -> list[Source]:
@@ -100,8 +100,8 @@ class Decoding:
             if len(alive) < len(self.answering):
                 self._drop_texts(alive)
         if self.progress is not None:
-            tokens = self.finished_tokens + len(self.drawing) * self.drawn
-            self.progress(tokens + (int(self.texts.out_lengths[: self.texts.nobody].sum()) if self.texts else 0))
+            drawn = self.finished_tokens + len(self.drawing) * self.drawn
+            self.progress(drawn + int(self.texts.out_lengths[: self.texts.nobody].sum()))
 
     def _drop_texts(self, alive: list[int]) -> None:
         going = set(alive)

@@ -58,7 +58,8 @@ class RolloutEngine:
         self._storage = self._pointers()
         self._version: int | None = None
         self._unconditional: dict[int, Source] = {}
-        self._code_table: tuple[tuple[int, ...], torch.Tensor] | None = None
+        self._code_table: torch.Tensor | None = None
+        self._code_versions: tuple[int, ...] = ()
         self._worker: PolicyWorker | None = None
         self._memory_pages: int | None = None
 
@@ -105,7 +106,8 @@ class RolloutEngine:
             with torch.inference_mode():
                 self._refresh(weight_version)
                 worker = self._worker_for(sizes, params)
-                worker.begin(Inputs(draw_ids, ask_ids, features, self._codes(), self._unconditional_sources))
+                codes = self._codes() if drawings else None
+                worker.begin(Inputs(draw_ids, ask_ids, features, codes, self._unconditional_sources))
                 check_every = CHECK_EVERY[policy.device.type]
                 Decoding(worker, room, drawings, answers, check_every=check_every, progress=progress).run()
         return Rollout(
@@ -128,7 +130,9 @@ class RolloutEngine:
 
         `features[i]` are the (T, hidden) image features that stand at the placeholders of sequence i, None without.
         """
-        return list(hidden_states(self.policy, sequences, features or [None] * len(sequences)))
+        if features is None:
+            features = [None] * len(sequences)
+        return list(hidden_states(self.policy, sequences, features))
 
     @torch.no_grad()
     def match_states(
@@ -172,25 +176,26 @@ class RolloutEngine:
     def _sizes(
         self, drawings: Sequence[Request], answers: Sequence[Request], params: SamplingParams, group_size: int
     ) -> Sizes:
-        """What the buffers of a call must hold. For graphs numbers are rounded up: calls of like size share them."""
+        """What the buffers of a call must hold."""
         image_tokens, text_tokens = self.policy.num_image_tokens, params.max_new_tokens
         longest = max((request.prefix for request in [*drawings, *answers]), default=0)
         everything = Room(None, None)
         for requests, tokens in ((drawings, image_tokens), (answers, text_tokens)):
             for request in requests:
                 everything.take(request.prefixes(), tokens)
-        pages, limit = everything.pages, self._page_limit(longest, max(image_tokens, text_tokens))
+        pages = min(everything.pages, self._page_limit(longest, max(image_tokens, text_tokens)))
         copies = 2 if drawings and drawings[0].guided else 1
-        sizes = Sizes(
-            len(drawings), copies, len(answers), image_tokens, text_tokens, longest, group_size, min(pages, limit)
-        )
-        if not self.graphs or (self._worker is not None and self._worker.sizes.hold(sizes)):
-            return sizes
+        return Sizes(len(drawings), copies, len(answers), image_tokens, text_tokens, longest, group_size, pages)
+
+    def _rounded(self, sizes: Sizes) -> Sizes:
+        """Somewhat more, so that calls of like size share a worker and its graphs."""
+        longest = -(-sizes.longest // 64) * 64
+        limit = self._page_limit(longest, max(sizes.image_tokens, sizes.text_tokens))
         return sizes._replace(
             images=bucket(sizes.images),
             texts=bucket(sizes.texts),
-            longest=-(-longest // 64) * 64,
-            pages=min(pages + pages // 8, limit),
+            longest=longest,
+            pages=max(sizes.pages, min(sizes.pages * 9 // 8, limit)),
         )
 
     def _page_limit(self, longest: int, own: int) -> int:
@@ -202,7 +207,9 @@ class RolloutEngine:
             limits.append(self.kv_cache_tokens // PAGE)
         if self.policy.device.type == "cuda":
             if self._memory_pages is None:
-                free, _ = torch.cuda.mem_get_info(self.policy.device)
+                device = self.policy.device
+                free, _ = torch.cuda.mem_get_info(device)
+                free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
                 self._memory_pages = int(0.9 * free) // self.geometry.page_bytes(PAGE)
             limits.append(self._memory_pages)
         return min(limits)
@@ -213,6 +220,8 @@ class RolloutEngine:
         if worker is not None and worker.params == params and worker.sizes.hold(sizes):
             return worker
         self._worker = None  # its memory first
+        if self.graphs:
+            sizes = self._rounded(sizes)
         if self.cache == "grouped":
             cache = GroupedCache(
                 self.geometry,
@@ -243,12 +252,15 @@ class RolloutEngine:
         return self._unconditional
 
     def _codes(self) -> torch.Tensor:
-        """(codes, hidden) embeddings of the image codes, computed once while what makes them stays as it is."""
+        """(codes, hidden) embeddings of the image codes, computed once while what makes them stays as it is, and always
+        in the same memory, which graphs read."""
         versions = tuple(parameter._version for parameter in self.policy.code_parameters())
-        if self._code_table is None or self._code_table[0] != versions:
+        if versions != self._code_versions:
             codes = torch.arange(self.policy.num_codes, device=self.policy.device)
-            self._code_table = versions, self.policy.embed_codes(codes).to(self.policy.dtype)
-        return self._code_table[1]
+            table = self.policy.embed_codes(codes).to(self.policy.dtype)
+            self._code_table = table if self._code_table is None else self._code_table.copy_(table)
+            self._code_versions = versions
+        return self._code_table
 
     def _vision_features(self, images: Sequence[Image]) -> torch.Tensor | None:
         """(P, T, hidden); each distinct image goes through the tower once."""

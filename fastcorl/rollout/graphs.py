@@ -42,6 +42,3 @@ class StepGraphs:
             self.step(images, texts)
         self.pool = self.pool or graph.pool()
         self.graphs[images, texts] = graph
-
-    def clear(self) -> None:
-        self.graphs = {}

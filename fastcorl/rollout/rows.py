@@ -46,6 +46,10 @@ class _Rows:
         self.steps[dropped] = 0  # a place that exists, should the row be stepped to fill up a batch
         self.count = len(rows)
 
+    def clear(self) -> None:
+        """Forget every row, for another call."""
+        self.keep([])
+
     def _record(self, rows: slice, tokens: torch.Tensor, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         place = self.requests[rows], self.steps[rows]
         self.out_tokens.index_put_(place, tokens)
@@ -108,6 +112,10 @@ class TextRows(_Rows):
         steps += requests != self.nobody
         self.out_lengths.index_put_((requests,), steps)
         requests.masked_fill_(ended | (steps == self.length), self.nobody)
+
+    def clear(self) -> None:
+        super().clear()
+        self.out_lengths.zero_()
 
     def alive(self) -> list[int]:
         """The rows that go on. The host waits for the device."""

@@ -48,7 +48,7 @@ class Inputs(NamedTuple):
     draw_ids: Sequence[Sequence[int]]
     ask_ids: Sequence[Sequence[int]]
     features: Sequence[torch.Tensor]
-    code_table: torch.Tensor
+    code_table: torch.Tensor | None  # None where nothing is drawn
     unconditional: Callable[[set[int]], dict[int, Source]]
 
 
@@ -75,11 +75,9 @@ class PolicyWorker:
 
     def begin(self, inputs: Inputs) -> None:
         """Forget the last call."""
-        if self.graphs and self.inputs and self.inputs.code_table is not inputs.code_table:
-            self.graphs.clear()
         self.inputs, self.prefilled = inputs, {}
-        self.images.keep([])
-        self.texts.keep([])
+        self.images.clear()
+        self.texts.clear()
         self.cache.set_images([])
         self.cache.keep_texts([])
 

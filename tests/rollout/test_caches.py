@@ -220,7 +220,7 @@ def test_a_cache_in_use_grows(policy, decoder):
     with torch.no_grad():
         sources = prefill_prompts(policy, random_ids(9, 30), [None] * 2)
     cache.add_texts([sources[0]])
-    first = cache.texts.prefix.keys[0].clone()
+    first = cache.texts.prompts.keys(0).clone()
     cache.add_texts([sources[1]])
-    assert cache.texts.prefix.keys[0].shape[0] == 2 and cache.texts.prefix.keys[0].shape[2] == 29
-    assert torch.equal(cache.texts.prefix.keys[0][:1, :, :8], first)
+    assert cache.texts.prompts.keys(0).shape[:3:2] == (2, 29)
+    assert torch.equal(cache.texts.prompts.keys(0)[:1, :, :8], first)

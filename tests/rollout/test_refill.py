@@ -1,5 +1,7 @@
 """Limited rows and pages: requests wait, ended answers make room, and nothing of it shows in what is sampled."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -75,6 +77,9 @@ def test_rounded_numbers_of_rows_change_nothing(policy, prompts, whole, max_rows
     assert_same(engine.generate(prompts[:count], 4, PARAMS, seed=7), expected)
     assert_same(engine.generate(prompts, 4, PARAMS, seed=7), whole)
     assert engine._worker is worker and worker.graphs is not None
+    other = replace(PARAMS, temperature=0.9)  # as many rows, but another step to capture
+    engine.generate(prompts[:count], 4, other, seed=7)
+    assert engine._worker is not worker and engine._worker.sizes.texts == bucket(4 * count)
     assert any(bucket(texts) > texts for _, texts in watch.rows)
 
 
@@ -114,10 +119,12 @@ def test_drawings_and_answers_of_one_prompt_have_a_prompt_each(policy, prompts):
 
 @pytest.mark.parametrize("cache", ["grouped", "paged"])
 def test_progress_is_told(policy, prompts, cache):
-    told = []
-    rollout = RolloutEngine(policy, cache=cache).generate(prompts, 2, PARAMS, progress=told.append)
-    assert told == sorted(told) and len(told) > 4
-    assert told[-1] == rollout.images.tokens.numel() + int(rollout.texts.lengths.sum())
+    engine, told = RolloutEngine(policy, cache=cache), []
+    for _ in range(2):  # also where an earlier call has left its lengths
+        told.clear()
+        rollout = engine.generate(prompts, 2, PARAMS, progress=told.append)
+        assert told == sorted(told) and len(told) > 4
+        assert told[-1] == rollout.images.tokens.numel() + int(rollout.texts.lengths.sum())
 
 
 # Requests that can never fit

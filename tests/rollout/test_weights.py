@@ -114,18 +114,21 @@ def test_the_unconditional_chain_lives_as_long_as_its_weights(own_policy, prompt
     assert [draw([0], 1), draw([0], 1)] == [6, 6]
 
 
-def test_the_table_of_codes_is_made_once_and_again_when_its_weights_change(own_policy, prompts):
+def test_the_table_of_codes_is_made_once_and_again_when_its_weights_change(own_policy, prompts, monkeypatch):
     engine = RolloutEngine(own_policy)
     first = engine.generate(prompts, 1, PARAMS, answer=False, weight_version=0)
     table = engine._codes()
     codes = torch.arange(own_policy.num_codes)
     assert torch.equal(table, own_policy.embed_codes(codes))
+    embed, embedded = own_policy.embed_codes, []
+    monkeypatch.setattr(own_policy, "embed_codes", lambda codes: embedded.append(len(codes)) or embed(codes))
     engine.generate(prompts, 1, PARAMS, answer=False, weight_version=1)
-    assert engine._codes() is table
+    engine.generate(prompts, 1, PARAMS, weight_version=1)
+    assert not any(embedded)  # packs without codes embed none
     with torch.no_grad():
         own_policy.janus.model.generation_embeddings.weight.mul_(-1)
     second = engine.generate(prompts, 1, PARAMS, answer=False, weight_version=1)
-    assert engine._codes() is not table
+    assert sum(embedded) == len(codes) and engine._codes() is table and torch.equal(table, embed(codes))
     assert not torch.equal(first.images.tokens, second.images.tokens)
 
 

@@ -70,7 +70,10 @@ GOALS = (
             Goal("rollout", f"{model} answers", "floor", "share of the floor", 0.7),
         )
     ),
-    Goal("rollout", "quickstart mixed", "fastcorl, two calls", "times as fast as", 1.2),
+    *(
+        Goal("rollout", shape, "fastcorl, two calls", "times as fast as", 1.2)
+        for shape in ("quickstart mixed", "quickstart mixed, one prompt", "91M mixed, one prompt")
+    ),
     Goal("rollout", "Janus-Pro-1B, 64 images", WHOLE, "times as fast as", 15.0),
     Goal("rollout", "Janus-Pro-1B, 128 images", "floor", "images/s", 33.0),
     Goal("rollout", "Janus-Pro-1B, 128 images", "floor", "share of the floor", 0.7),

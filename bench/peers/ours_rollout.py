@@ -16,7 +16,8 @@ class OurRollout:
     """``spent`` holds the seconds of the last call in the vision tower and in the VQ decoder."""
 
     def __init__(self, policy):
-        self.engine = RolloutEngine(policy)
+        # One for each kind of call, since an engine keeps what the last kind needed.
+        self.engines = {kind: RolloutEngine(policy) for kind in ((True, False), (False, True), (True, True))}
         self.device = policy.device
         self.spent = defaultdict(float)
         for name, stage in STAGES.items():
@@ -26,7 +27,7 @@ class OurRollout:
         self.spent.clear()
         params = SamplingParams(0.0 if greedy else 1.0, GUIDANCE, new_tokens)
         group_size = 1 if greedy else GROUP_SIZE
-        return self.engine.generate(prompts, group_size, params, draw=draw, answer=answer)
+        return self.engines[draw, answer].generate(prompts, group_size, params, draw=draw, answer=answer)
 
     def _timed(self, stage, method):
         def call(argument: list | torch.Tensor):

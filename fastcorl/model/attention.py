@@ -4,12 +4,16 @@ The backbone is called with `attention=<context>`; the context decides how queri
 packed sequences, in training, scoring and prefill. Decoding has its own way through the same weights (`rollout/`).
 """
 
+from functools import cached_property
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fastcorl.model.varlen import varlen_for
 
 IMPLEMENTATION = "fastcorl"
 
@@ -52,8 +56,12 @@ class PackedAttention:
         prefix_lengths: (S,) int64; how many positions of the sequence that it continues each one sees; None sees all.
         keep_kv: store each layer's keys and values, (N, kv_heads, D), for a decoder to start from.
 
-    Sequences of similar length are stood side by side, right-padded, for one SDPA call per bucket: with the padding on
-    the right, plain causal attention never lets a real query see it. Padding exists only inside this call.
+    It is differentiable in queries, keys and values, on either of two ways:
+
+    - On CUDA in half precision, a pack in which no sequence continues another goes to a variable-length kernel, as it
+      lies (`varlen.py`).
+    - Otherwise sequences of similar length are stood side by side, right-padded, for one SDPA call per bucket: with the
+      padding on the right, plain causal attention never lets a real query see it. Padding exists only inside this call.
     """
 
     def __init__(
@@ -66,21 +74,49 @@ class PackedAttention:
     ):
         self.keys: list[torch.Tensor] | None = [] if keep_kv else None
         self.values: list[torch.Tensor] = []
-        bounds = cu_seqlens.tolist()
-        parents = [-1] * (len(bounds) - 1) if prefixes is None else prefixes.tolist()
-        limits = None if prefix_lengths is None else prefix_lengths.tolist()
+        self.cu_seqlens = cu_seqlens.int()
+        self.bounds: list[int] = cu_seqlens.tolist()
+        self.parents = [-1] * (len(self.bounds) - 1) if prefixes is None else prefixes.tolist()
+        self.limits = None if prefix_lengths is None else prefix_lengths.tolist()
+        # An upper bound is enough; at 1 the kernels take their path for decoding, which is not the one that was tried.
+        self.longest = max(2, *(end - start for start, end in pairwise(self.bounds)))
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))  # (N, heads, D)
+        if self.keys is not None:
+            self.keys.append(key)
+            self.values.append(value)
+        varlen = varlen_for(query) if max(self.parents) < 0 else None
+        if varlen is not None:
+            return varlen(query, key, value, self.cu_seqlens, self.longest, scaling).unsqueeze(0)
+        calls, places = self.buckets
+        outputs = []
+        for own, seen, mask in calls:
+            q, k, v = _stand(query, own), _stand(key, seen), _stand(value, seen)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs).index_select(0, places).unsqueeze(0)
+
+    @cached_property
+    def buckets(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], torch.Tensor]:
+        """For each SDPA call the positions of the queries and of what they see, padded, and the mask, None if causal;
+        and (N,) where each position stands among the padded places."""
+        device = self.cu_seqlens.device
         # Per bucket of similar lengths: the spans of its sequences and of what they continue.
         buckets: dict[tuple[int, int], list[tuple[tuple[int, int], tuple[int, int]]]] = {}
-        for sequence, parent in enumerate(parents):
-            own_span = bounds[sequence], bounds[sequence + 1]
-            before_span = (bounds[parent], bounds[parent + 1]) if parent >= 0 else (0, 0)
-            if limits is not None and parent >= 0:
-                before_span = before_span[0], before_span[0] + limits[sequence]
+        for sequence, (own_span, parent) in enumerate(zip(pairwise(self.bounds), self.parents, strict=True)):
+            before_span = (self.bounds[parent], self.bounds[parent + 1]) if parent >= 0 else (0, 0)
+            if self.limits is not None and parent >= 0:
+                before_span = before_span[0], before_span[0] + self.limits[sequence]
             key = _bucket(own_span[1] - own_span[0]), _bucket(before_span[1] - before_span[0])
             if own_span[1] > own_span[0]:
                 buckets.setdefault(key, []).append((own_span, before_span))
-        self.calls = []
-        places = torch.empty(bounds[-1], dtype=torch.int64)
+        calls = []
+        places = torch.empty(self.bounds[-1], dtype=torch.int64)
         offset = 0
         for (_, parent_bucket), members in buckets.items():
             own, real = _grid([own_span for own_span, _ in members])
@@ -92,26 +128,10 @@ class PackedAttention:
                 causal = torch.ones(own.shape[1], own.shape[1], dtype=torch.bool).tril()
                 mask = torch.cat(
                     [known[:, None].expand(-1, own.shape[1], -1), causal.expand(len(own), -1, -1)], dim=-1
-                )[:, None].to(cu_seqlens.device)
+                )[:, None].to(device)
                 seen = torch.cat([before, own], dim=1)
-            self.calls.append((own.to(cu_seqlens.device), seen.to(cu_seqlens.device), mask))
-        self.places = places.to(cu_seqlens.device)  # (N,): where each position stands among the padded places
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))  # (N, heads, D)
-        if self.keys is not None:
-            self.keys.append(key)
-            self.values.append(value)
-        outputs = []
-        for own, seen, mask in self.calls:
-            q, k, v = _stand(query, own), _stand(key, seen), _stand(value, seen)
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-            )
-            outputs.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs).index_select(0, self.places).unsqueeze(0)
+            calls.append((own.to(device), seen.to(device), mask))
+        return calls, places.to(device)
 
 
 def _grid(spans: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,8 +3,9 @@
     floor = sum over decode steps of max(weight bytes / bandwidth, linear layers) + KV bytes / bandwidth
           + the prefill's max(weight bytes / bandwidth, linear layers) + frozen parts
 
-* Linear layers: for every product of backbone and heads, at the rows of that step, the time of one hot `torch.mm` of
-  the same shape and type, with q, k, v and gate, up fused. Guided drawings have two rows each in both the backbone and
+* Linear layers: for every product of backbone and heads, at the rows of that step, the time of the fastest product of
+  that shape and type that this machine has: a hot `torch.mm`, or on a CPU one with weights in oneDNN's layout. q, k, v
+  and gate, up are fused. Guided drawings have two rows each in both the backbone and
   the image head, since rollouts return the conditional log-probability too.
 * Bandwidth: that of a copy too large for the caches.
 * KV bytes: what is distinct, read once a step, and the new position's written. Rows of a group share their prompt, and
@@ -24,6 +25,7 @@ import torch
 
 from bench.floors import copy
 from bench.measure import synchronize
+from fastcorl.rollout.linear import JointLinear
 
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}
 SAMPLES = 20
@@ -98,7 +100,11 @@ class RolloutFloor:
         options = dict(dtype=self.policy.dtype, device=self.policy.device)
         left, weight = torch.randn(rows, inputs, **options), torch.randn(outputs, inputs, **options)
         product = torch.empty(rows, outputs, **options)
-        return self._time(lambda: torch.mm(left, weight.T, out=product))
+        taken = self._time(lambda: torch.mm(left, weight.T, out=product))
+        linear = torch.nn.Linear(inputs, outputs, bias=False, **options)
+        joint = JointLinear(linear)
+        with torch.inference_mode():
+            return min(taken, self._time(lambda: joint(left))) if joint.packed else taken
 
     def _time(self, call):
         def sample(count):

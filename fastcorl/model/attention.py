@@ -84,13 +84,19 @@ class PackedAttention:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))  # (N, heads, D)
+        packed = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+        return self.attend_packed(*packed, scaling).unsqueeze(0)
+
+    def attend_packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """(N, heads, D) query, (N, kv_heads, D) key and value of one layer -> (N, heads, D)."""
         if self.keys is not None:
             self.keys.append(key)
             self.values.append(value)
         varlen = varlen_for(query) if max(self.parents) < 0 else None
         if varlen is not None:
-            return varlen(query, key, value, self.cu_seqlens, self.longest, scaling).unsqueeze(0)
+            return varlen(query, key, value, self.cu_seqlens, self.longest, scaling)
         calls, places = self.buckets
         outputs = []
         for own, seen, mask in calls:
@@ -99,7 +105,7 @@ class PackedAttention:
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
             outputs.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs).index_select(0, places).unsqueeze(0)
+        return torch.cat(outputs).index_select(0, places)
 
     @cached_property
     def buckets(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], torch.Tensor]:

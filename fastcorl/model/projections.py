@@ -1,6 +1,6 @@
 """Linear layers that read the same input, laid side by side in memory so that one product serves them all."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -18,22 +18,17 @@ def side_by_side(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((sum(len(weight) for weight in weights), *first.shape[1:]), first.stride())
 
 
-def joint_projections(backbone: nn.Module) -> Iterator[tuple[list[nn.Linear], list[nn.Linear]]]:
-    """Per block of a Llama: query, key and value projections, and gate and up projections."""
-    for layer in backbone.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        yield [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
-
-
 @torch.no_grad()
 def lay_side_by_side(backbone: nn.Module) -> None:
-    """Move the weights that a decoder reads as one into joint storage; modules, names and values stay.
+    """Move the weights of a Llama that a decoder reads as one (query, key and value; gate and up) into joint storage;
+    modules, names and values stay.
 
     Moving the model or handing it to an optimizer that flattens its weights may part them again; a decoder then works
     on copies.
     """
-    for block in joint_projections(backbone):
-        for linears in block:
+    for layer in backbone.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for linears in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
             weights = [linear.weight for linear in linears]
             joint = torch.cat([weight.data for weight in weights])
             for weight, part in zip(weights, joint.split([len(weight) for weight in weights]), strict=True):

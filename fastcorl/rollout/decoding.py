@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from fastcorl.rollout.decoder import DecodeCache
+from fastcorl.rollout.decoder import Attention
 from fastcorl.rollout.prefill import Source
 from fastcorl.rollout.requests import Request
 from fastcorl.rollout.room import Room
@@ -18,7 +18,7 @@ from fastcorl.rollout.rows import ImageRows, TextRows
 CHECK_EVERY = {"cpu": 4, "cuda": 16}
 
 
-class RowCache(DecodeCache, Protocol):
+class RowCache(Attention, Protocol):
     """Keys and values of the rows that decode, drawings before answers."""
 
     def set_images(self, sources: Sequence[Source]) -> None: ...

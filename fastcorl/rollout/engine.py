@@ -8,12 +8,12 @@ from PIL.Image import Image
 
 from fastcorl.model import Policy
 from fastcorl.records import Prompt, Rollout
-from fastcorl.rollout.decoder import Decoder
+from fastcorl.rollout.decoder import Decoder, Rope
 from fastcorl.rollout.decoding import CHECK_EVERY, Decoding
 from fastcorl.rollout.graphs import bucket
 from fastcorl.rollout.grouped_cache import GroupedCache
 from fastcorl.rollout.paged_cache import PagedCache
-from fastcorl.rollout.prefill import Source, hidden_states, prefill_unconditional
+from fastcorl.rollout.prefill import Prefiller, Source
 from fastcorl.rollout.requests import Request, check_fits, image_requests, text_requests
 from fastcorl.rollout.results import image_samples, text_samples
 from fastcorl.rollout.room import PAGE, Room, private_pages
@@ -51,10 +51,11 @@ class RolloutEngine:
         self.cache = cache or ("paged" if policy.device.type == "cuda" else "grouped")
         self.backend = backend
         self.graphs = self.cache == "paged" and (policy.device.type == "cuda" if graphs is None else graphs)
-        self.decoder = Decoder(policy.backbone)
+        self.decoder = Decoder(policy)
         self.context = policy.backbone.config.max_position_embeddings
-        self.rope = self.decoder.rope_table(self.context)
-        self.geometry = self.decoder.geometry()
+        self.rope = Rope(policy.backbone, self.context)
+        self.geometry = self.decoder.geometry
+        self.prefiller = Prefiller(policy, self.decoder, self.rope)
         self._storage = self._pointers()
         self._version: int | None = None
         self._unconditional: dict[int, Source] = {}
@@ -124,23 +125,30 @@ class RolloutEngine:
 
     @torch.no_grad()
     def hidden_states(
-        self, sequences: Sequence[Sequence[int]], features: Sequence[torch.Tensor | None] | None = None
+        self,
+        sequences: Sequence[Sequence[int]],
+        features: Sequence[torch.Tensor | None] | None = None,
+        *,
+        weight_version: int | None = None,
     ) -> list[torch.Tensor]:
         """Final hidden states (L_i, hidden) of token sequences, for scoring; nothing is sampled.
 
-        `features[i]` are the (T, hidden) image features that stand at the placeholders of sequence i, None without.
+        `features[i]` are the (T, hidden) image features that stand at the placeholders of sequence i, None without;
+        `weight_version` as in `generate`.
         """
         if features is None:
             features = [None] * len(sequences)
-        return list(hidden_states(self.policy, sequences, features))
+        self._check_storage()
+        self._refresh(weight_version)
+        return list(self.prefiller.hidden_states(sequences, features))
 
     @torch.no_grad()
     def match_states(
-        self, pixels: torch.Tensor, captions: list[str]
+        self, pixels: torch.Tensor, captions: list[str], *, weight_version: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token representations of images and of their captions, read off one forward over [image, caption].
 
-        Args: `pixels` (n, 3, H, W) in [0, 1]; n `captions`.
+        Args: `pixels` (n, 3, H, W) in [0, 1]; n `captions`; `weight_version` as in `generate`.
         Returns: image states (n, T_vision, hidden), caption states (n, L, hidden) right-padded with zeros, and the
         (n, L) bool mask of real caption tokens.
         """
@@ -148,7 +156,7 @@ class RolloutEngine:
         features = policy.vision_features(policy.normalise(pixels))
         encoded = {caption: policy.encoder.match(caption) for caption in set(captions)}
         sequences = [encoded[caption][0] for caption in captions]
-        states = self.hidden_states(sequences, list(features))
+        states = self.hidden_states(sequences, list(features), weight_version=weight_version)
         texts = [each[encoded[caption][1]] for each, caption in zip(states, captions, strict=True)]
         image_id = policy.encoder.image_id
         places = {caption: torch.tensor(ids) == image_id for caption, (ids, _) in encoded.items()}
@@ -243,12 +251,12 @@ class RolloutEngine:
                 group_size=sizes.group_size,
                 backend=self.backend,
             )
-        self._worker = PolicyWorker(self.policy, self.decoder, cache, params, sizes, graphs=self.graphs)
+        self._worker = PolicyWorker(self.policy, self.decoder, self.prefiller, cache, params, sizes, graphs=self.graphs)
         return self._worker
 
     def _unconditional_sources(self, lengths: set[int]) -> dict[int, Source]:
         if not lengths <= self._unconditional.keys():
-            self._unconditional = prefill_unconditional(self.policy, sorted(lengths | self._unconditional.keys()))
+            self._unconditional = self.prefiller.unconditional(sorted(lengths | self._unconditional.keys()))
         return self._unconditional
 
     def _codes(self) -> torch.Tensor:

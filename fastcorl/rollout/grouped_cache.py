@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastcorl.rollout.decoder import Geometry
+from fastcorl.rollout.decoder import Geometry, Rope, rotate
 from fastcorl.rollout.prefill import Prefill, Source
 
 TOKENS_MORE = 16  # of room, when a row needs more
@@ -20,7 +20,6 @@ class GroupedCache:
     """See the module. Rows are `[drawings | answers]`, drawings conditional ones first.
 
     Args:
-        rope: (cos, sin) tables (positions, D).
         copies: rows of a drawing, 2 with guidance.
         image_tokens, text_tokens: the most that a row has besides its prompt without the last token.
     """
@@ -28,18 +27,13 @@ class GroupedCache:
     def __init__(
         self,
         geometry: Geometry,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        rope: Rope,
         *,
         copies: int,
         image_tokens: int,
         text_tokens: int,
     ):
-        self.geometry = geometry
-        cos, sin = rope
-        half = geometry.head_dim // 2
-        # `roll` by half a head exchanges its halves; the sign of the rotation is in the table.
-        self.cos = cos.to(geometry.dtype)
-        self.sin = torch.cat([-sin[:, :half], sin[:, half:]], dim=1).to(geometry.dtype)
+        self.geometry, self.rope = geometry, rope
         # Apart, since groups differ in size: a prompt's drawings, all unconditional rows, a question's answers.
         self.images = [_Rows(geometry, image_tokens) for _ in range(copies)]
         self.texts = _Rows(geometry, text_tokens)
@@ -67,17 +61,15 @@ class GroupedCache:
         """All rows are stepped, whatever the numbers say."""
         self.parts = [part for part in (*self.images, self.texts) if part.count]
         positions = torch.cat([part.positions for part in self.parts])
-        self.step_cos = self.cos.index_select(0, positions)[:, None]
-        self.step_sin = self.sin.index_select(0, positions)[:, None]
+        self.turns = self.rope.at(positions, self.geometry.dtype)
         for part in self.parts:
             part.begin_step()
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         heads, kv_heads, dim = self.geometry.heads, self.geometry.kv_heads, self.geometry.head_dim
         states = qkv.view(len(qkv), heads + 2 * kv_heads, dim)
-        rotating, values = states[:, : heads + kv_heads], states[:, heads + kv_heads :]
-        rotated = (rotating * self.step_cos).addcmul_(rotating.roll(dim // 2, -1), self.step_sin)
-        queries, keys = rotated[:, :heads], rotated[:, heads:]
+        turned, values = rotate(states[:, : heads + kv_heads], *self.turns), states[:, heads + kv_heads :]
+        queries, keys = turned[:, :heads], turned[:, heads:]
         outputs, start = [], 0
         for part in self.parts:
             rows = slice(start, start + part.count)

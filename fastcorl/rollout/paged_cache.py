@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastcorl.rollout.decoder import Geometry
+from fastcorl.rollout.decoder import Geometry, Rope
 from fastcorl.rollout.prefill import Source
 from fastcorl.rollout.room import PAGE, private_pages
 from fastcorl_kernels import SharedPrefix, paged_decode_attention, rope_to_pages
@@ -31,7 +31,7 @@ class PagedCache:
     def __init__(
         self,
         geometry: Geometry,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        rope: Rope,
         pages: int,
         *,
         images: tuple[int, int],
@@ -92,8 +92,8 @@ class PagedCache:
             self.prefix = SharedPrefix(self.group_bounds + first, self.group_lengths, self.group_size)
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        keys, values = self.key_pages[layer], self.value_pages[layer]
-        query = rope_to_pages(qkv, *self.rope, self.positions, self.slots, keys, values, backend=self.backend)
+        keys, values, tables = self.key_pages[layer], self.value_pages[layer], (self.rope.cos, self.rope.sin)
+        query = rope_to_pages(qkv, *tables, self.positions, self.slots, keys, values, backend=self.backend)
         out = paged_decode_attention(
             query,
             keys,

@@ -7,9 +7,7 @@ when it asks. Outputs have one row more than there are requests, for rows that a
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from fastcorl.model import Policy
 from fastcorl.rollout.sampling import SamplingParams
 from fastcorl_kernels import sample_tokens
 
@@ -65,9 +63,8 @@ class ImageRows(_Rows):
         super().__init__(total, length, copies, device)
         self.out_cond_log_probs = torch.zeros_like(self.out_log_probs)
 
-    def sample(self, policy: Policy, hidden: torch.Tensor, params: SamplingParams, rows: slice) -> None:
-        """(copies n, hidden) states, conditional rows first -> the next token of these n rows."""
-        logits = policy.image_head(policy.image_head_input(hidden))
+    def sample(self, logits: torch.Tensor, params: SamplingParams, rows: slice) -> None:
+        """(copies n, codes) logits, conditional ones first -> the next token of these n rows."""
         cond, uncond = (logits, None) if self.copies == 1 else logits.chunk(2)
         sampled = sample_tokens(
             cond,
@@ -95,10 +92,10 @@ class TextRows(_Rows):
         self.out_lengths = torch.zeros(total + 1, dtype=torch.int64, device=device)
         self.out_finished = torch.zeros(total + 1, dtype=torch.bool, device=device)
 
-    def sample(self, head: nn.Linear, hidden: torch.Tensor, params: SamplingParams, rows: slice) -> None:
-        """(m, hidden) states -> the next token of these m rows; rows that end have no request any more."""
+    def sample(self, logits: torch.Tensor, params: SamplingParams, rows: slice) -> None:
+        """(m, vocabulary) logits -> the next token of these m rows; rows that end have no request any more."""
         sampled = sample_tokens(
-            head(hidden),
+            logits,
             self.seeds[rows],
             self.steps[rows],
             temperature=params.temperature,

@@ -10,7 +10,7 @@ from fastcorl.model import Policy
 from fastcorl.rollout.decoder import Decoder
 from fastcorl.rollout.decoding import RowCache
 from fastcorl.rollout.graphs import StepGraphs, bucket
-from fastcorl.rollout.prefill import Source, prefill_prompts
+from fastcorl.rollout.prefill import Prefiller, Source
 from fastcorl.rollout.requests import Request
 from fastcorl.rollout.rows import ImageRows, TextRows
 from fastcorl.rollout.sampling import SamplingParams
@@ -59,13 +59,15 @@ class PolicyWorker:
         self,
         policy: Policy,
         decoder: Decoder,
+        prefiller: Prefiller,
         cache: RowCache,
         params: SamplingParams,
         sizes: Sizes,
         *,
         graphs: bool,
     ):
-        self.policy, self.decoder, self.cache, self.params, self.sizes = policy, decoder, cache, params, sizes
+        self.policy, self.decoder, self.prefiller, self.cache = policy, decoder, prefiller, cache
+        self.params, self.sizes = params, sizes
         device, end_id = policy.device, policy.encoder.eos_id
         self.images = ImageRows(sizes.images, sizes.image_tokens, sizes.copies, device)
         self.texts = TextRows(sizes.texts, sizes.text_tokens, end_id, device)
@@ -99,8 +101,7 @@ class PolicyWorker:
         wanted = dict.fromkeys((request.modality, request.prompt) for request in requests)
         kept = {key: self.prefilled[key] for key in wanted if key in self.prefilled}
         new = [key for key in wanted if key not in kept]
-        sources = prefill_prompts(
-            self.policy,
+        sources = self.prefiller.prompts(
             [prompts[prompt] for _, prompt in new],
             [features[prompt] if features is not None else None for _, prompt in new],
         )
@@ -110,10 +111,10 @@ class PolicyWorker:
         return [self.prefilled[request.modality, request.prompt] for request in requests]
 
     def sample_images(self, hidden: torch.Tensor, rows: slice) -> None:
-        self.images.sample(self.policy, hidden, self.params, rows)
+        self.images.sample(self.decoder.image_logits(hidden), self.params, rows)
 
     def sample_texts(self, hidden: torch.Tensor, rows: slice) -> None:
-        self.texts.sample(self.policy.text_head, hidden, self.params, rows)
+        self.texts.sample(self.decoder.text_logits(hidden), self.params, rows)
 
     def step(self) -> None:
         if self.graphs is None:

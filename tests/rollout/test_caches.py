@@ -4,23 +4,22 @@ import pytest
 import torch
 
 from fastcorl.model import pack_prompts
-from fastcorl.rollout.decoder import Decoder
+from fastcorl.rollout.decoder import Decoder, Rope
 from fastcorl.rollout.grouped_cache import GroupedCache
 from fastcorl.rollout.paged_cache import PagedCache
-from fastcorl.rollout.prefill import prefill_prompts, prefill_unconditional
+from fastcorl.rollout.prefill import Prefiller
 
 TOKENS = 22  # of a row, its prompt's last token and all that is fed
 KINDS = ["grouped", "paged", "triton"]
 
 
-def make_cache(kind, decoder, *, copies=1, images=8, texts=16, longest=64, group_size=4, pages=400):
+def make_cache(kind, decoder, rope, *, copies=1, images=8, texts=16, longest=64, group_size=4, pages=400):
     if kind == "triton":
         pytest.importorskip("triton")
-    rope = decoder.rope_table(256)
     if kind == "grouped":
-        return GroupedCache(decoder.geometry(), rope, copies=copies, image_tokens=TOKENS, text_tokens=TOKENS)
+        return GroupedCache(decoder.geometry, rope, copies=copies, image_tokens=TOKENS, text_tokens=TOKENS)
     cache = PagedCache(
-        decoder.geometry(),
+        decoder.geometry,
         rope,
         pages,
         images=(copies, images),
@@ -66,7 +65,17 @@ def random_ids(*lengths, seed=0):
 
 @pytest.fixture
 def decoder(policy):
-    return Decoder(policy.backbone)
+    return Decoder(policy)
+
+
+@pytest.fixture
+def rope(policy):
+    return Rope(policy.backbone, 256)
+
+
+@pytest.fixture
+def prefiller(policy, decoder, rope):
+    return Prefiller(policy, decoder, rope)
 
 
 # Whole pages of a prompt without its last token: 0, 15, 1, 0 and 15 tokens beyond a page's end; and the shortest.
@@ -75,12 +84,12 @@ PROMPTS = [17, 16, 34, 33, 32, 1, 2]
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_rows_see_their_prompt_and_their_own_tokens(policy, decoder, kind):
+def test_rows_see_their_prompt_and_their_own_tokens(policy, decoder, rope, prefiller, kind):
     lengths = PROMPTS if kind != "triton" else PROMPTS[:3]
     steps = TOKENS - 1 if kind != "triton" else 3
-    runner = Runner(policy, make_cache(kind, decoder), decoder)
+    runner = Runner(policy, make_cache(kind, decoder, rope), decoder)
     prompts = random_ids(*lengths)
-    sources = prefill_prompts(policy, prompts, [None] * len(prompts))
+    sources = prefiller.prompts(prompts, [None] * len(prompts))
     for name, group in (("images", 1), ("texts", 2)):
         own = random_ids(*[TOKENS] * (group * len(prompts)), seed=len(name))
         sequences = [prompts[row // group] + tail for row, tail in enumerate(own)]
@@ -93,10 +102,10 @@ def test_rows_see_their_prompt_and_their_own_tokens(policy, decoder, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_answers_leave_and_others_come_in_any_order(policy, decoder, kind):
-    runner = Runner(policy, make_cache(kind, decoder, group_size=3), decoder)
+def test_answers_leave_and_others_come_in_any_order(policy, decoder, rope, prefiller, kind):
+    runner = Runner(policy, make_cache(kind, decoder, rope, group_size=3), decoder)
     prompts = random_ids(40, 33, 5)
-    sources = prefill_prompts(policy, prompts, [None] * 3)
+    sources = prefiller.prompts(prompts, [None] * 3)
 
     def add(wanted, seed):
         tails = random_ids(*[TOKENS] * len(wanted), seed=seed)
@@ -131,14 +140,14 @@ def test_answers_leave_and_others_come_in_any_order(policy, decoder, kind):
 
 @pytest.mark.parametrize("kind", ["grouped", "paged"])
 @torch.no_grad()
-def test_one_chain_serves_unconditional_prompts_of_every_length(policy, decoder, kind):
+def test_one_chain_serves_unconditional_prompts_of_every_length(policy, decoder, rope, prefiller, kind):
     lengths = [2, 3, 17, 18, 9, 40]
     prompts = [policy.encoder.unconditional(length) for length in lengths]
     assert prompts[2] == [policy.encoder.bos_id] + [policy.encoder.pad_id] * 15 + [policy.encoder.begin_image_id]
-    chain = prefill_unconditional(policy, lengths)
+    chain = prefiller.unconditional(lengths)
     assert len({source.prefill for source in chain.values()}) == 1
-    alone = prefill_prompts(policy, prompts, [None] * len(prompts))
-    runner = Runner(policy, make_cache(kind, decoder), decoder)
+    alone = prefiller.prompts(prompts, [None] * len(prompts))
+    runner = Runner(policy, make_cache(kind, decoder, rope), decoder)
     for length, source in zip(lengths, alone, strict=True):
         twin = chain[length]
         torch.testing.assert_close(
@@ -152,10 +161,10 @@ def test_one_chain_serves_unconditional_prompts_of_every_length(policy, decoder,
 
 
 @torch.no_grad()
-def test_shared_pages_are_never_written_and_all_pages_come_back(policy, decoder):
-    cache = make_cache("paged", decoder, texts=6)
+def test_shared_pages_are_never_written_and_all_pages_come_back(policy, decoder, rope, prefiller):
+    cache = make_cache("paged", decoder, rope, texts=6)
     prompts = random_ids(40, 33)
-    sources = prefill_prompts(policy, prompts, [None] * 2)
+    sources = prefiller.prompts(prompts, [None] * 2)
     cache.set_images([sources[0]])
     cache.add_texts([sources[0], sources[0], sources[1]])
     # 2 whole pages of each prompt, shared by images and answers alike.
@@ -179,15 +188,15 @@ def test_shared_pages_are_never_written_and_all_pages_come_back(policy, decoder)
 
 
 @torch.no_grad()
-def test_rows_that_only_fill_up_a_batch_touch_nobody(policy, decoder):
+def test_rows_that_only_fill_up_a_batch_touch_nobody(policy, decoder, rope, prefiller):
     """As under CUDA graphs, where the number of rows is rounded up."""
-    cache = make_cache("paged", decoder, copies=2, images=4, texts=4)
+    cache = make_cache("paged", decoder, rope, copies=2, images=4, texts=4)
     for page in (*cache.key_pages, *cache.value_pages):
         page[0] = 0.0  # nobody's page
-    sources = prefill_prompts(policy, random_ids(20, 35), [None] * 2)
+    sources = prefiller.prompts(random_ids(20, 35), [None] * 2)
     cache.set_images([sources[0], sources[1], sources[1], sources[0]])  # 2 drawings, 2 rows each
     cache.add_texts([sources[0], sources[1], sources[1]])
-    exact = make_cache("paged", decoder, copies=2, images=4, texts=4)
+    exact = make_cache("paged", decoder, rope, copies=2, images=4, texts=4)
     exact.set_images([sources[0], sources[1], sources[1], sources[0]])
     exact.add_texts([sources[0], sources[1], sources[1]])
     real = [0, 1, 4, 5, 8, 9, 10]
@@ -203,9 +212,9 @@ def test_rows_that_only_fill_up_a_batch_touch_nobody(policy, decoder):
 
 
 @torch.no_grad()
-def test_a_done_row_stays_in_its_own_pages(policy, decoder):
-    cache = make_cache("paged", decoder, texts=2)
-    sources = prefill_prompts(policy, random_ids(20), [None])
+def test_a_done_row_stays_in_its_own_pages(policy, decoder, rope, prefiller):
+    cache = make_cache("paged", decoder, rope, texts=2)
+    sources = prefiller.prompts(random_ids(20), [None])
     cache.add_texts([sources[0], sources[0]])
     others = [page for page in range(401) if page not in cache.texts.row_pages[0] + cache.texts.row_pages[1]]
     for _ in range(3 * TOKENS):  # far beyond the row's end
@@ -215,10 +224,10 @@ def test_a_done_row_stays_in_its_own_pages(policy, decoder):
     assert all(page[others].isnan().all() for page in (*cache.key_pages, *cache.value_pages))
 
 
-def test_a_cache_in_use_grows(policy, decoder):
-    cache = make_cache("grouped", decoder)
+def test_a_cache_in_use_grows(policy, decoder, rope, prefiller):
+    cache = make_cache("grouped", decoder, rope)
     with torch.no_grad():
-        sources = prefill_prompts(policy, random_ids(9, 30), [None] * 2)
+        sources = prefiller.prompts(random_ids(9, 30), [None] * 2)
     cache.add_texts([sources[0]])
     first = cache.texts.prompts.keys(0).clone()
     cache.add_texts([sources[1]])

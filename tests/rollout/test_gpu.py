@@ -5,6 +5,7 @@ import torch
 
 from fastcorl.algorithm import PackOptions, pack_rollout, packed_log_probs
 from fastcorl.rollout import RolloutEngine, SamplingParams
+from fastcorl.rollout.decoder import Rope
 from tests.helpers import make_policy, objective_options
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +46,8 @@ def test_a_graph_captured_at_short_context_serves_long_ones(cuda_policy, prompts
     params = SamplingParams(1.0, 1.0, 900)
     engines = [RolloutEngine(cuda_policy) for _ in range(2)]
     for engine in engines:
-        engine.context, engine.rope = 1024, engine.decoder.rope_table(1024)
+        engine.context, engine.rope = 1024, Rope(cuda_policy.backbone, 1024)
+        engine.prefiller.rope = engine.rope
     with torch.no_grad():
         end = cuda_policy.text_head.weight[cuda_policy.encoder.eos_id]
         kept = end.clone()

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from fastcorl.model import load_policy, save_policy
-from fastcorl.model.projections import joint_projections, side_by_side
-from fastcorl.rollout import RolloutEngine, SamplingParams
-from fastcorl.rollout import engine as engine_module
+from fastcorl.model.projections import side_by_side
+from fastcorl.rollout import RolloutEngine, SamplingParams, linear
 from fastcorl.rollout.decoder import Decoder
 from tests.helpers import make_policy
 
@@ -39,11 +38,24 @@ def test_side_by_side():
     assert side_by_side([whole[:, :2], whole[:, 2:]]) is None
 
 
+@pytest.fixture
+def unpacked(monkeypatch):
+    """As on a GPU: weights are read where they are."""
+    monkeypatch.setattr(linear, "onednn_packs", lambda dtype: False)
+
+
+@pytest.mark.usefixtures("unpacked")
 def test_a_laid_out_model_is_read_in_place_and_is_the_same_model(own_policy, prompts):
     before = {name: tensor.clone() for name, tensor in own_policy.state_dict().items()}
     copied = RolloutEngine(own_policy)
     expected = copied.generate(prompts, 2, PARAMS)
-    assert copied.decoder.copied_bytes() > 0
+    blocks = own_policy.backbone.layers
+    joint = sum(
+        each.weight.nbytes
+        for block in blocks
+        for each in (*list(block.self_attn.children())[:3], block.mlp.gate_proj, block.mlp.up_proj)
+    )
+    assert copied.decoder.copied_bytes() == joint
     own_policy.lay_out()
     assert all(torch.equal(tensor, before[name]) for name, tensor in own_policy.state_dict().items())
     engine = RolloutEngine(own_policy)
@@ -51,58 +63,89 @@ def test_a_laid_out_model_is_read_in_place_and_is_the_same_model(own_policy, pro
     assert same(engine.generate(prompts, 2, PARAMS), expected)
 
 
+@pytest.mark.usefixtures("unpacked")
 def test_loading_lays_out_saving_and_copying_keep_values(own_policy, tmp_path):
     save_policy(own_policy, tmp_path / "first")
     loaded = load_policy(tmp_path / "first")
-    assert Decoder(loaded.backbone).copied_bytes() == 0
+    assert Decoder(loaded).copied_bytes() == 0
     twin = copy.deepcopy(loaded)  # as the one that ZeRO 3 samples with
     twin.lay_out()
-    assert Decoder(twin.backbone).copied_bytes() == 0
+    assert Decoder(twin).copied_bytes() == 0
     save_policy(loaded, tmp_path / "second")
     again = load_policy(tmp_path / "second").state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in own_policy.state_dict().items())
 
 
-@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "copied"])
-def test_an_optimizer_step_is_seen_by_the_next_rollout(own_policy, prompts, in_place):
-    if in_place:
+@pytest.mark.parametrize("layout", ["packed", "in place", "copied"])
+def test_an_optimizer_step_is_seen_by_the_next_rollout(own_policy, prompts, layout, monkeypatch):
+    if layout == "packed" and not linear.onednn_packs(torch.float32):
+        pytest.skip("oneDNN does not pack here")
+    if layout != "packed":
+        monkeypatch.setattr(linear, "onednn_packs", lambda dtype: False)
+    if layout == "in place":
         own_policy.lay_out()
     engine = RolloutEngine(own_policy)
     before = engine.generate(prompts, 2, PARAMS, seed=1, weight_version=0)
     assert same(engine.generate(prompts, 2, PARAMS, seed=1, weight_version=0), before)
+    pixels = before.images.pixels[:2]
+    states = engine.match_states(pixels, ["a red 3", "5"], weight_version=0)[0]
     optimizer = torch.optim.SGD(own_policy.backbone.parameters(), lr=0.05)
     for parameter in own_policy.backbone.parameters():
         parameter.grad = torch.sign(parameter.detach())
     optimizer.step()
+    assert not torch.allclose(engine.match_states(pixels, ["a red 3", "5"], weight_version=1)[0], states, atol=1e-3)
     after = engine.generate(prompts, 2, PARAMS, seed=1, weight_version=1)
     assert not same(after, before)
     assert same(after, RolloutEngine(own_policy).generate(prompts, 2, PARAMS, seed=1))
 
 
-def test_the_joint_storage_follows_each_projection(own_policy):
-    own_policy.lay_out()
-    decoder = Decoder(own_policy.backbone)
-    for block, (qkv, gate_up) in zip(decoder.blocks, joint_projections(own_policy.backbone), strict=True):
-        for joint, linears in ((block.qkv, qkv), (block.gate_up, gate_up)):
-            for linear in linears:
-                with torch.no_grad():
-                    linear.weight.add_(1.0)
-            assert torch.equal(joint.weight, torch.cat([linear.weight for linear in linears]))
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("laid_out", [True, False])
+@torch.no_grad()
+def test_joint_linear(packed, bias, laid_out, monkeypatch):
+    if packed and not linear.onednn_packs(torch.float32):
+        pytest.skip("oneDNN does not pack here")
+    if not packed:
+        monkeypatch.setattr(linear, "onednn_packs", lambda dtype: False)
+    torch.manual_seed(0)
+    linears = [torch.nn.Linear(24, width, bias=bias) for width in (8, 40, 5)]
+    if laid_out:
+        joint = torch.cat([each.weight for each in linears])
+        for each, part in zip(linears, joint.split([8, 40, 5]), strict=True):
+            each.weight.data = part
+    joint = linear.JointLinear(*linears)
+    assert joint.copied == (packed or not laid_out)
+    for rows in (1, 7, 64, 200):
+        inputs, plus = torch.randn(rows, 24), torch.randn(rows, 53)
+        for _ in range(2):
+            expected = torch.cat([each(inputs) for each in linears], dim=1)
+            torch.testing.assert_close(joint(inputs), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(joint(inputs, plus=plus), expected + plus, rtol=0, atol=1e-5)
+            for each in linears:
+                each.weight.mul_(1.5)
+                if bias:
+                    each.bias.add_(1.0)
+            joint.refresh()
+
+
+def test_a_row_of_a_packed_product_does_not_depend_on_their_number():
+    if not linear.onednn_packs(torch.float32):
+        pytest.skip("oneDNN does not pack here")
+    torch.manual_seed(0)
+    joint = linear.JointLinear(torch.nn.Linear(192, 1024, bias=False))
+    inputs = torch.randn(200, 192)
+    whole = joint(inputs)
+    assert all(torch.equal(joint(inputs[:rows].contiguous()), whole[:rows]) for rows in (1, 2, 3, 16, 64, 129))
 
 
 # What is kept between calls
 
 
-def count_calls(monkeypatch, name):
-    calls = []
-    function = getattr(engine_module, name)
-    monkeypatch.setattr(engine_module, name, lambda *args: calls.append(args) or function(*args))
-    return calls
-
-
 def test_the_unconditional_chain_lives_as_long_as_its_weights(own_policy, prompts, monkeypatch):
-    calls = count_calls(monkeypatch, "prefill_unconditional")
     engine = RolloutEngine(own_policy)
+    run, calls = engine.prefiller.unconditional, []
+    monkeypatch.setattr(engine.prefiller, "unconditional", lambda lengths: calls.append(lengths) or run(lengths))
 
     def draw(chosen, version):
         engine.generate([prompts[i] for i in chosen], 1, PARAMS, answer=False, weight_version=version)

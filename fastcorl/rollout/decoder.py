@@ -89,7 +89,7 @@ class Decoder:
 
     def copied_bytes(self) -> int:
         """Bytes of weights that had to be copied."""
-        return sum(linear.weight.nbytes for linear in self._linears() if linear.copied)
+        return sum(each.weight.nbytes for linear in self._linears() if linear.copied for each in linear.linears)
 
     def refresh(self) -> None:
         for linear in self._linears():

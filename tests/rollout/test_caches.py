@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastcorl.model import pack_prompts
+from fastcorl.rollout import grouped_cache
 from fastcorl.rollout.decoder import Decoder, Rope
 from fastcorl.rollout.grouped_cache import GroupedCache
 from fastcorl.rollout.paged_cache import PagedCache
@@ -61,6 +62,11 @@ class Runner:
 def random_ids(*lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(6, 300, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(grouped_cache, "CHUNK", 8)
 
 
 @pytest.fixture

@@ -161,7 +161,7 @@ class Evaluate:
         params = SamplingParams(self.temperature, self.guidance, self.max_new_tokens)
         prompts = [data[i] for i in range(count)]
         ranks = Distributed(0, 1, policy.device)
-        scores = evaluate(RolloutEngine(policy), prompts, params, scorer, ranks=ranks, seed=self.seed)
+        scores = evaluate(RolloutEngine(policy, weight_version=0), prompts, params, scorer, ranks=ranks, seed=self.seed)
         for name, value in scores.items():
             print(f"{name:<10}{100 * value:6.1f} %")
         if self.out:

@@ -18,14 +18,13 @@ from fastcorl.model import Policy, load_policy, save_policy
 from fastcorl.plugins import load_object
 from fastcorl.records import Prompt
 from fastcorl.rewards import BlipCaptioner, RewardSuite
-from fastcorl.rollout import RolloutEngine
 from fastcorl.runtime import distributed
 from fastcorl.runtime.engine import engine_name
 from fastcorl.runtime.report import draw_report, print_scores, score_table
 from fastcorl.runtime.run_folder import Position, RunFolder, placed, write_text
 from fastcorl.runtime.samples import save_samples
 from fastcorl.runtime.telemetry import Telemetry
-from fastcorl.trainer import TASKS, Trainer, sampling_params, stage_prompts
+from fastcorl.trainer import TASKS, Trainer, rollout_engine, sampling_params, stage_prompts
 
 
 def train(config: Config) -> None:
@@ -54,7 +53,7 @@ class Run:
             if stage.task != "merge":
                 stage_prompts(config, name, stage, self.data)[1].for_rank(1, ranks.rank, ranks.world_size)
         self.captioner = self._captioner()
-        self._check_captions(RewardSuite(config.rewards, self.start_policy, RolloutEngine(self.start_policy)))
+        self._check_captions(RewardSuite(config.rewards, self.start_policy, rollout_engine(config, self.start_policy)))
         self.folder = RunFolder(config)
         self.checkpoint = self.folder.resume_from(config.resume)
         self._check_checkpoint()
@@ -122,8 +121,7 @@ class Run:
         params = sampling_params(config, guidance=config.evaluation.guidance)
         count = min(config.evaluation.num_prompts, len(self.held_out))
         prompts = [self.held_out[i] for i in range(count)]
-        engine = RolloutEngine(policy, max_rows=config.rollout.max_rows, kv_cache_tokens=config.rollout.kv_cache_tokens)
-        scores = evaluate(engine, prompts, params, self.scorer, ranks=self.ranks)
+        scores = evaluate(rollout_engine(config, policy), prompts, params, self.scorer, ranks=self.ranks)
         self.scores = [entry for entry in self.scores if entry["stage"] != label]
         self.scores.append({"stage": label, "scores": scores})
         if self.ranks.is_main:

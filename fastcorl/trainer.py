@@ -72,11 +72,8 @@ class Trainer:
         objective = CoRLObjective(policy, self.options)
         self.engine = make_engine(objective, config.optimizer, config.deepspeed, ranks, launched=launched)
         policy = self.engine.full_policy()
-        self.rollouts = RolloutEngine(
-            policy, max_rows=config.rollout.max_rows, kv_cache_tokens=config.rollout.kv_cache_tokens
-        )
+        self.rollouts = rollout_engine(config, policy)
         self.rewards = RewardSuite(config.rewards, policy, self.rollouts, captioner=captioner)
-        self.updates = 0
         self.timer = PhaseTimer()
 
     def train_step(self, step: int) -> tuple[StepRecord, Rollout, Scores]:
@@ -92,7 +89,6 @@ class Trainer:
                 draw=draw,
                 answer=answer,
                 seed=(self.config.seed, self.name, step),
-                weight_version=self.updates,
             )
         with self.timer.phase("score"):
             scores = self.rewards(rollout)
@@ -129,7 +125,7 @@ class Trainer:
         if bad:
             raise FloatingPointError(f"{self.name} step {step}: the loss is not finite; it was not applied")
         metrics.add_update(total, self.engine.step(rate), rate)
-        self.updates += 1
+        self.rollouts.weight_version += 1
 
     def _modalities(self, step: int) -> tuple[bool, bool]:
         if self.stage.task == "alternate":
@@ -154,6 +150,12 @@ class Trainer:
         for batch in batches:
             for modality, log_probs in packed_log_probs(self.reference, batch, self.options).items():
                 getattr(batch, modality).ref_log_probs = log_probs
+
+
+def rollout_engine(config: Config, policy: Policy) -> RolloutEngine:
+    """An engine for weights of version 0."""
+    rollout = config.rollout
+    return RolloutEngine(policy, max_rows=rollout.max_rows, kv_cache_tokens=rollout.kv_cache_tokens, weight_version=0)
 
 
 def sampling_params(config: Config, *, guidance: float | None = None) -> SamplingParams:

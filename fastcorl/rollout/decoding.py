@@ -41,6 +41,10 @@ class Worker(Protocol):
         ...
 
     def prefill_texts(self, requests: Sequence[Request]) -> list[Source]: ...
+    def settle(self, admitted: Sequence[Request], *, more: bool) -> None:
+        """The cache holds the prompts of these requests; `more` of their kind wait."""
+        ...
+
     def sample_images(self, hidden: torch.Tensor, rows: slice) -> None: ...
     def sample_texts(self, hidden: torch.Tensor, rows: slice) -> None: ...
     def step(self) -> None:
@@ -123,6 +127,7 @@ class Decoding:
                 self.cache.set_images(sources)
                 rows = self.images.add(*_places_and_seeds(self.drawing))
                 self.worker.sample_images(_last_states(sources), rows)
+                self.worker.settle(self.drawing, more=bool(self.waiting_images))
                 self.drawn = 1
         if self.waiting_texts:
             new = self._next(self.waiting_texts, self.texts.length)
@@ -131,6 +136,7 @@ class Decoding:
                 self.cache.add_texts(sources)
                 rows = self.texts.add(*_places_and_seeds(new))
                 self.worker.sample_texts(_last_states(sources), rows)
+                self.worker.settle(new, more=bool(self.waiting_texts))
                 self.answering += new
                 self.ages += [1] * len(new)
 

@@ -34,6 +34,8 @@ class RolloutEngine:
         cache: "paged" or "grouped" keys and values; None is paged on CUDA, and grouped on a CPU, where it is faster.
         backend: of the paged cache's kernels, as in `fastcorl_kernels`.
         graphs: step rounded numbers of rows over the paged cache, on CUDA as CUDA graphs; None is on CUDA.
+        weight_version: an attribute, too. What was computed from the weights is kept for calls under the same version:
+            count it up with every update. None computes it anew in every call.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class RolloutEngine:
         cache: str | None = None,
         backend: str | None = None,
         graphs: bool | None = None,
+        weight_version: int | None = None,
     ):
         self.policy = policy
         self.max_rows, self.kv_cache_tokens = max_rows, kv_cache_tokens
@@ -57,7 +60,8 @@ class RolloutEngine:
         self.geometry = self.decoder.geometry
         self.prefiller = Prefiller(policy, self.decoder, self.rope)
         self._storage = self._pointers()
-        self._version: int | None = None
+        self.weight_version = weight_version
+        self._computed_from: int | None = None
         self._unconditional: dict[int, Source] = {}
         self._code_table: torch.Tensor | None = None
         self._code_versions: tuple[int, ...] = ()
@@ -73,15 +77,12 @@ class RolloutEngine:
         draw: bool = True,
         answer: bool = True,
         seed: object = 0,
-        weight_version: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Rollout:
         """Sample `group_size` drawings of each caption and as many answers to each question.
 
         Args:
             seed: identifies the call (say, run seed and step); rows add their prompt's id, their index and modality.
-            weight_version: what was computed from the weights is kept for later calls of the same version; None
-                computes it anew.
             progress: called now and then with the number of tokens sampled so far.
 
         Raises:
@@ -105,12 +106,13 @@ class RolloutEngine:
         worker = None
         if drawings or answers:
             with torch.inference_mode():
-                self._refresh(weight_version)
+                self._refresh()
                 worker = self._worker_for(sizes, params)
                 codes = self._codes() if drawings else None
                 worker.begin(Inputs(draw_ids, ask_ids, features, codes, self._unconditional_sources))
                 check_every = CHECK_EVERY[policy.device.type]
                 Decoding(worker, room, drawings, answers, check_every=check_every, progress=progress).run()
+                worker.end()
         return Rollout(
             prompts=list(prompts),
             group_size=group_size,
@@ -125,30 +127,25 @@ class RolloutEngine:
 
     @torch.no_grad()
     def hidden_states(
-        self,
-        sequences: Sequence[Sequence[int]],
-        features: Sequence[torch.Tensor | None] | None = None,
-        *,
-        weight_version: int | None = None,
+        self, sequences: Sequence[Sequence[int]], features: Sequence[torch.Tensor | None] | None = None
     ) -> list[torch.Tensor]:
         """Final hidden states (L_i, hidden) of token sequences, for scoring; nothing is sampled.
 
-        `features[i]` are the (T, hidden) image features that stand at the placeholders of sequence i, None without;
-        `weight_version` as in `generate`.
+        `features[i]` are the (T, hidden) image features that stand at the placeholders of sequence i, None without.
         """
         if features is None:
             features = [None] * len(sequences)
         self._check_storage()
-        self._refresh(weight_version)
+        self._refresh()
         return list(self.prefiller.hidden_states(sequences, features))
 
     @torch.no_grad()
     def match_states(
-        self, pixels: torch.Tensor, captions: list[str], *, weight_version: int | None = None
+        self, pixels: torch.Tensor, captions: list[str]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token representations of images and of their captions, read off one forward over [image, caption].
 
-        Args: `pixels` (n, 3, H, W) in [0, 1]; n `captions`; `weight_version` as in `generate`.
+        Args: `pixels` (n, 3, H, W) in [0, 1]; n `captions`.
         Returns: image states (n, T_vision, hidden), caption states (n, L, hidden) right-padded with zeros, and the
         (n, L) bool mask of real caption tokens.
         """
@@ -156,7 +153,7 @@ class RolloutEngine:
         features = policy.vision_features(policy.normalise(pixels))
         encoded = {caption: policy.encoder.match(caption) for caption in set(captions)}
         sequences = [encoded[caption][0] for caption in captions]
-        states = self.hidden_states(sequences, list(features), weight_version=weight_version)
+        states = self.hidden_states(sequences, list(features))
         texts = [each[encoded[caption][1]] for each, caption in zip(states, captions, strict=True)]
         image_id = policy.encoder.image_id
         places = {caption: torch.tensor(ids) == image_id for caption, (ids, _) in encoded.items()}
@@ -174,12 +171,12 @@ class RolloutEngine:
             if before != now:
                 raise RuntimeError(f"{name} has moved since the rollout engine was built: build a new RolloutEngine")
 
-    def _refresh(self, weight_version: int | None) -> None:
+    def _refresh(self) -> None:
         """Forget what was computed from other weights."""
-        if weight_version is None or weight_version != self._version:
+        if self.weight_version is None or self.weight_version != self._computed_from:
             self.decoder.refresh()
             self._unconditional = {}
-        self._version = weight_version
+        self._computed_from = self.weight_version
 
     def _sizes(
         self, drawings: Sequence[Request], answers: Sequence[Request], params: SamplingParams, group_size: int

@@ -75,6 +75,10 @@ class PolicyWorker:
         self.inputs: Inputs | None = None
         self.prefilled: dict[tuple[str, int], Source] = {}
 
+    def end(self) -> None:
+        """Let go of what the call brought."""
+        self.inputs, self.prefilled = None, {}
+
     def begin(self, inputs: Inputs) -> None:
         """Forget the last call."""
         self.inputs, self.prefilled = inputs, {}
@@ -97,18 +101,26 @@ class PolicyWorker:
     def _prefill(
         self, requests: Sequence[Request], prompts: Sequence[Sequence[int]], features: Sequence[torch.Tensor] | None
     ) -> list[Source]:
-        """Every prompt once; one whose rows come in parts is kept in between."""
-        wanted = dict.fromkeys((request.modality, request.prompt) for request in requests)
-        kept = {key: self.prefilled[key] for key in wanted if key in self.prefilled}
-        new = [key for key in wanted if key not in kept]
+        """Every prompt once."""
+        known, wanted = self.prefilled, dict.fromkeys((request.modality, request.prompt) for request in requests)
+        new = [key for key in wanted if key not in known]
         sources = self.prefiller.prompts(
             [prompts[prompt] for _, prompt in new],
             [features[prompt] if features is not None else None for _, prompt in new],
         )
-        modality = requests[0].modality
-        self.prefilled = {key: source for key, source in self.prefilled.items() if key[0] != modality} | kept
-        self.prefilled |= dict(zip(new, sources, strict=True))
-        return [self.prefilled[request.modality, request.prompt] for request in requests]
+        known |= dict(zip(new, sources, strict=True))
+        return [known[request.modality, request.prompt] for request in requests]
+
+    def settle(self, admitted: Sequence[Request], *, more: bool) -> None:
+        """The cache has what these requests start from: drop it here. If `more` of their kind wait, the last prompt's
+        next rows may be among them."""
+        last = (admitted[-1].modality, admitted[-1].prompt) if more else None
+        kept = self.prefilled.get(last)
+        for key in [key for key in self.prefilled if key[0] == admitted[0].modality and key != last]:
+            prefill = self.prefilled.pop(key).prefill
+            if kept is None or prefill is not kept.prefill:
+                prefill.keys.clear()
+                prefill.values.clear()
 
     def sample_images(self, hidden: torch.Tensor, rows: slice) -> None:
         self.images.sample(self.decoder.image_logits(hidden), self.params, rows)

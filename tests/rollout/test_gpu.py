@@ -86,14 +86,15 @@ def test_float32_tokens_are_those_of_the_cpu(policy, prompts):
 
 
 def test_graphs_see_weights_that_change_in_place(cuda_policy, prompts):
-    engine = RolloutEngine(cuda_policy)
-    before = engine.generate(prompts, 4, PARAMS, seed=5, weight_version=0)
-    assert_same(engine.generate(prompts, 4, PARAMS, seed=5, weight_version=0), before)
+    engine = RolloutEngine(cuda_policy, weight_version=0)
+    before = engine.generate(prompts, 4, PARAMS, seed=5)
+    assert_same(engine.generate(prompts, 4, PARAMS, seed=5), before)
     with torch.no_grad():
         for parameter in cuda_policy.backbone.parameters():
             parameter.mul_(1.1)
     try:
-        after = engine.generate(prompts, 4, PARAMS, seed=5, weight_version=1)
+        engine.weight_version = 1
+        after = engine.generate(prompts, 4, PARAMS, seed=5)
         assert not torch.equal(after.images.tokens, before.images.tokens)
         assert_same(after, RolloutEngine(cuda_policy).generate(prompts, 4, PARAMS, seed=5))
     finally:

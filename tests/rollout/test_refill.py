@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fastcorl.errors import UserError
-from fastcorl.rollout import RolloutEngine, SamplingParams, decoding
+from fastcorl.rollout import RolloutEngine, SamplingParams, decoding, prefill
 from fastcorl.rollout.graphs import bucket
+from fastcorl.rollout.prefill import Prefill
 from fastcorl.rollout.requests import text_requests
 from fastcorl.rollout.room import PAGE, Room
 from fastcorl.rollout.worker import PolicyWorker
@@ -160,6 +161,26 @@ def test_a_drawing_beyond_the_context_is_refused(policy, prompts):
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         SamplingParams(**settings)
+
+
+@pytest.mark.parametrize("max_rows", [None, 6])
+@pytest.mark.parametrize("cache", ["grouped", "paged"])
+def test_prompts_are_dropped_once_the_cache_has_them(policy, prompts, cache, max_rows, monkeypatch):
+    held = []
+    step = PolicyWorker.step
+
+    def watched(worker):
+        held.append(sum(bool(source.prefill.keys) for source in worker.prefilled.values()))
+        assert max_rows or not any(each.keys for each in made)
+        step(worker)
+
+    made = []
+    monkeypatch.setattr(PolicyWorker, "step", watched)
+    monkeypatch.setattr(prefill, "Prefill", lambda *args: made.append(Prefill(*args)) or made[-1])
+    engine = RolloutEngine(policy, cache=cache, max_rows=max_rows)
+    engine.generate(prompts, 4, replace(PARAMS, guidance=1.0))
+    assert len(held) > 10 and max(held) <= (2 if max_rows else 0)
+    assert not any(each.keys for each in made) and not engine._worker.prefilled
 
 
 # Counting

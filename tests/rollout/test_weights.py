@@ -85,16 +85,18 @@ def test_an_optimizer_step_is_seen_by_the_next_rollout(own_policy, prompts, layo
     if layout == "in place":
         own_policy.lay_out()
     engine = RolloutEngine(own_policy)
-    before = engine.generate(prompts, 2, PARAMS, seed=1, weight_version=0)
-    assert same(engine.generate(prompts, 2, PARAMS, seed=1, weight_version=0), before)
+    engine.weight_version = 0
+    before = engine.generate(prompts, 2, PARAMS, seed=1)
+    assert same(engine.generate(prompts, 2, PARAMS, seed=1), before)
     pixels = before.images.pixels[:2]
-    states = engine.match_states(pixels, ["a red 3", "5"], weight_version=0)[0]
+    states = engine.match_states(pixels, ["a red 3", "5"])[0]
     optimizer = torch.optim.SGD(own_policy.backbone.parameters(), lr=0.05)
     for parameter in own_policy.backbone.parameters():
         parameter.grad = torch.sign(parameter.detach())
     optimizer.step()
-    assert not torch.allclose(engine.match_states(pixels, ["a red 3", "5"], weight_version=1)[0], states, atol=1e-3)
-    after = engine.generate(prompts, 2, PARAMS, seed=1, weight_version=1)
+    engine.weight_version = 1
+    assert not torch.allclose(engine.match_states(pixels, ["a red 3", "5"])[0], states, atol=1e-3)
+    after = engine.generate(prompts, 2, PARAMS, seed=1)
     assert not same(after, before)
     assert same(after, RolloutEngine(own_policy).generate(prompts, 2, PARAMS, seed=1))
 
@@ -148,7 +150,8 @@ def test_the_unconditional_chain_lives_as_long_as_its_weights(own_policy, prompt
     monkeypatch.setattr(engine.prefiller, "unconditional", lambda lengths: calls.append(lengths) or run(lengths))
 
     def draw(chosen, version):
-        engine.generate([prompts[i] for i in chosen], 1, PARAMS, answer=False, weight_version=version)
+        engine.weight_version = version
+        engine.generate([prompts[i] for i in chosen], 1, PARAMS, answer=False)
         return len(calls)
 
     assert [draw([0], 0), draw([0], 0), draw([0, 4], 0), draw([0], 0), draw([4], 0)] == [1, 1, 2, 2, 2]
@@ -159,18 +162,18 @@ def test_the_unconditional_chain_lives_as_long_as_its_weights(own_policy, prompt
 
 def test_the_table_of_codes_is_made_once_and_again_when_its_weights_change(own_policy, prompts, monkeypatch):
     engine = RolloutEngine(own_policy)
-    first = engine.generate(prompts, 1, PARAMS, answer=False, weight_version=0)
+    first = engine.generate(prompts, 1, PARAMS, answer=False)
     table = engine._codes()
     codes = torch.arange(own_policy.num_codes)
     assert torch.equal(table, own_policy.embed_codes(codes))
     embed, embedded = own_policy.embed_codes, []
     monkeypatch.setattr(own_policy, "embed_codes", lambda codes: embedded.append(len(codes)) or embed(codes))
-    engine.generate(prompts, 1, PARAMS, answer=False, weight_version=1)
-    engine.generate(prompts, 1, PARAMS, weight_version=1)
+    engine.generate(prompts, 1, PARAMS, answer=False)
+    engine.generate(prompts, 1, PARAMS)
     assert not any(embedded)  # packs without codes embed none
     with torch.no_grad():
         own_policy.janus.model.generation_embeddings.weight.mul_(-1)
-    second = engine.generate(prompts, 1, PARAMS, answer=False, weight_version=1)
+    second = engine.generate(prompts, 1, PARAMS, answer=False)
     assert sum(embedded) == len(codes) and engine._codes() is table and torch.equal(table, embed(codes))
     assert not torch.equal(first.images.tokens, second.images.tokens)
 

@@ -92,8 +92,9 @@ class PackedAttention:
     ) -> torch.Tensor:
         """(N, heads, D) query, (N, kv_heads, D) key and value of one layer -> (N, heads, D)."""
         if self.keys is not None:
-            self.keys.append(key)
-            self.values.append(value)
+            # Copies: what they are views of would be kept with them.
+            self.keys.append(key.clone(memory_format=torch.contiguous_format))
+            self.values.append(value.clone(memory_format=torch.contiguous_format))
         varlen = varlen_for(query) if max(self.parents) < 0 else None
         if varlen is not None:
             return varlen(query, key, value, self.cu_seqlens, self.longest, scaling)

@@ -83,16 +83,13 @@ class Decoder:
             self.last_norm.device,
         )
 
-    def _linears(self) -> list[JointLinear]:
+    def linears(self) -> list[JointLinear]:
+        """All products, whose weights may be copies."""
         blocks = [linear for block in self.blocks for linear in (block.qkv, block.output, block.gate_up, block.down)]
         return [*blocks, self.image_input, self.image_output, self.text_output]
 
-    def copied_bytes(self) -> int:
-        """Bytes of weights that had to be copied."""
-        return sum(each.weight.nbytes for linear in self._linears() if linear.copied for each in linear.linears)
-
     def refresh(self) -> None:
-        for linear in self._linears():
+        for linear in self.linears():
             linear.refresh()
 
     def __call__(self, embeds: torch.Tensor, attention: Attention) -> torch.Tensor:

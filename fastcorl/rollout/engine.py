@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from PIL.Image import Image
 
+from fastcorl.errors import UserError
 from fastcorl.model import Policy
 from fastcorl.records import Prompt, Rollout
 from fastcorl.rollout.decoder import Decoder, Rope
@@ -22,7 +23,8 @@ from fastcorl.rollout.worker import Inputs, PolicyWorker, Sizes
 
 
 class RolloutEngine:
-    """Generates rollouts. A row's tokens depend on its seed and prompt only: not on other rows, their order or number.
+    """Generates rollouts. A row's tokens depend on its seed and prompt only, not on other rows, their order or number:
+    on CUDA up to rounding, where products of another number of rows round otherwise.
 
     The engine reads the policy's parameters where they are. Building one after the optimizer has laid out its weights
     and keeping it is cheapest; weights may then change in place between calls.
@@ -52,6 +54,8 @@ class RolloutEngine:
         self.policy = policy
         self.max_rows, self.kv_cache_tokens = max_rows, kv_cache_tokens
         self.cache = cache or ("paged" if policy.device.type == "cuda" else "grouped")
+        if self.cache not in ("paged", "grouped"):
+            raise ValueError(f"cache must be 'paged', 'grouped' or None, got {cache!r}")
         self.backend = backend
         self.graphs = self.cache == "paged" and (policy.device.type == "cuda" if graphs is None else graphs)
         self.decoder = Decoder(policy)
@@ -66,7 +70,6 @@ class RolloutEngine:
         self._code_table: torch.Tensor | None = None
         self._code_versions: tuple[int, ...] = ()
         self._worker: PolicyWorker | None = None
-        self._memory_pages: int | None = None
 
     def generate(
         self,
@@ -99,7 +102,7 @@ class RolloutEngine:
         drawings = image_requests(prompts, draw_ids, group_size, seed, guided=guided)
         answers = text_requests(prompts, ask_ids, group_size, seed)
         sizes = self._sizes(drawings, answers, params, group_size)
-        room = Room(self.max_rows, sizes.pages)
+        room = Room(self.max_rows, sizes.pages, self._why_pages())
         check_fits(drawings, sizes.image_tokens, "a drawing", room=room, context=self.context)
         check_fits(answers, sizes.text_tokens, "an answer", room=room, context=self.context)
         features = self._vision_features([prompt.image for prompt in prompts]) if ask_ids else None
@@ -109,9 +112,14 @@ class RolloutEngine:
                 self._refresh()
                 worker = self._worker_for(sizes, params)
                 codes = self._codes() if drawings else None
-                worker.begin(Inputs(draw_ids, ask_ids, features, codes, self._unconditional_sources))
+                chain = self._unconditional_sources({len(ids) for ids in draw_ids}) if guided and drawings else {}
                 check_every = CHECK_EVERY[policy.device.type]
-                Decoding(worker, room, drawings, answers, check_every=check_every, progress=progress).run()
+                try:
+                    worker.begin(Inputs(draw_ids, ask_ids, features, codes, chain))
+                    Decoding(worker, room, drawings, answers, check_every=check_every, progress=progress).run()
+                except BaseException:
+                    self._worker = None  # its state is of no use to another call
+                    raise
                 worker.end()
         return Rollout(
             prompts=list(prompts),
@@ -136,6 +144,9 @@ class RolloutEngine:
         if features is None:
             features = [None] * len(sequences)
         self._check_storage()
+        longest = max(map(len, sequences), default=0)
+        if longest > self.context:
+            raise UserError(f"a sequence of {longest} tokens is to be scored; the model's context is {self.context}")
         self._refresh()
         return list(self.prefiller.hidden_states(sequences, features))
 
@@ -210,23 +221,33 @@ class RolloutEngine:
             limits.append(self.max_rows * (longest // PAGE + private_pages(PAGE - 1, own)))
         if self.kv_cache_tokens is not None:
             limits.append(self.kv_cache_tokens // PAGE)
-        if self.policy.device.type == "cuda":
-            if self._memory_pages is None:
-                device = self.policy.device
-                free, _ = torch.cuda.mem_get_info(device)
-                free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-                self._memory_pages = int(0.9 * free) // self.geometry.page_bytes(PAGE)
-            limits.append(self._memory_pages)
+        elif self.policy.device.type == "cuda":
+            limits.append(self._pages_in_memory())
         return min(limits)
+
+    def _pages_in_memory(self) -> int:
+        """Pages in half of the device's free memory, the present pool counted as free: the rest is for activations, and
+        for training."""
+        device = self.policy.device
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        pages = free // 2 // self.geometry.page_bytes(PAGE)
+        return max(pages, self._worker.sizes.pages) if self._worker is not None else pages
+
+    def _why_pages(self) -> str:
+        """The setting behind the number of pages."""
+        return "half of the GPU's free memory" if self.kv_cache_tokens is None else "rollout.kv_cache_tokens"
 
     def _worker_for(self, sizes: Sizes, params: SamplingParams) -> PolicyWorker:
         """The last call's worker where it serves this one, else a new one."""
         worker = self._worker
         if worker is not None and worker.params == params and worker.sizes.hold(sizes):
             return worker
-        self._worker = None  # its memory first
         if self.graphs:
             sizes = self._rounded(sizes)
+        if worker is not None and worker.params == params and worker.sizes.fit(sizes):
+            sizes = worker.sizes.both(sizes)  # for calls of both kinds in turn
+        worker = self._worker = None  # its memory first
         if self.cache == "grouped":
             cache = GroupedCache(
                 self.geometry,

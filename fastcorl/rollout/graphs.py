@@ -17,28 +17,29 @@ def bucket(count: int) -> int:
 
 
 class StepGraphs:
-    """Runs `step(images, texts)` as a graph. The step must read and write device memory that stays where it is, and
-    must not look at the host's state.
+    """Runs `step(images, texts)`, always the same function, as a graph. The step must read and write device memory that
+    stays where it is, and must not look at the host's state.
 
     The first step of a size runs as it is, which compiles its kernels and lets libraries allocate; it is then captured,
     which runs nothing, for the steps to come. On a CPU every step runs as it is.
     """
 
-    def __init__(self, step: Callable[[int, int], None], device: torch.device):
-        self.step, self.device = step, device
+    def __init__(self, device: torch.device):
+        self.device = device
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self.pool = None
 
-    def run(self, images: int, texts: int) -> None:
+    def run(self, step: Callable[[int, int], None], images: int, texts: int) -> None:
         graph = self.graphs.get((images, texts))
         if graph is not None:
             graph.replay()
             return
-        self.step(images, texts)
+        step(images, texts)
         if self.device.type != "cuda":
             return
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            self.step(images, texts)
+        # Other threads, a reward's or DeepSpeed's, may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            step(images, texts)
         self.pool = self.pool or graph.pool()
         self.graphs[images, texts] = graph

@@ -30,21 +30,21 @@ class Request:
 def image_requests(
     prompts: Sequence[Prompt], draw_ids: Sequence[Sequence[int]], group_size: int, seed: object, *, guided: bool
 ) -> list[Request]:
-    """Prompt-major. Captions of the same tokens are one prompt."""
+    """By prompt. Captions of the same tokens are one prompt."""
     return _requests(prompts, draw_ids, [tuple(ids) for ids in draw_ids], group_size, seed, "image", guided)
 
 
 def text_requests(
     prompts: Sequence[Prompt], ask_ids: Sequence[Sequence[int]], group_size: int, seed: object
 ) -> list[Request]:
-    """Prompt-major. The same question about the same image object is one prompt."""
+    """By prompt. The same question about the same image object is one prompt."""
     keys = [(tuple(ids), id(prompts[index].image)) for index, ids in enumerate(ask_ids)]
     return _requests(prompts, ask_ids, keys, group_size, seed, "text", False)
 
 
 def _requests(prompts, ids, keys, group_size: int, seed: object, modality: str, guided: bool) -> list[Request]:
     first: dict[Hashable, int] = {}
-    return [
+    requests = [
         Request(
             place=index * group_size + k,
             seed=row_seed(seed, prompts[index].id, k, modality),
@@ -56,6 +56,7 @@ def _requests(prompts, ids, keys, group_size: int, seed: object, modality: str, 
         for index, key in enumerate(keys)
         for k in range(group_size)
     ]
+    return sorted(requests, key=lambda request: request.prompt)  # rows of one prompt behind one another
 
 
 def check_fits(requests: Sequence[Request], tokens: int, what: str, *, room: Room, context: int) -> None:

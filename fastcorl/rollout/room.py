@@ -15,10 +15,10 @@ def private_pages(prefix: int, own: int) -> int:
 
 
 class Room:
-    """Counts what is taken. `max_rows`, `max_pages`: None is without limit."""
+    """Counts what is taken. `max_rows`, `max_pages`: None is without limit; `why_pages` names what limits the pages."""
 
-    def __init__(self, max_rows: int | None, max_pages: int | None):
-        self.max_rows, self.max_pages = max_rows, max_pages
+    def __init__(self, max_rows: int | None, max_pages: int | None, why_pages: str = "rollout.kv_cache_tokens"):
+        self.max_rows, self.max_pages, self.why_pages = max_rows, max_pages, why_pages
         self.rows = self.pages = 0
         self.sharers: Counter[Hashable] = Counter()
 
@@ -58,5 +58,5 @@ class Room:
         if self.max_pages is not None and alone.pages > self.max_pages:
             raise UserError(
                 f"{what} takes {alone.pages * PAGE} tokens of KV cache in pages of {PAGE}; "
-                f"rollout.kv_cache_tokens allows {self.max_pages * PAGE}: raise it"
+                f"{self.why_pages} allows {self.max_pages * PAGE}: make room or ask for shorter answers"
             )

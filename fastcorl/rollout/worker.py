@@ -1,6 +1,6 @@
 """The device's side of a call: prefill, decode steps and sampling."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,25 +31,34 @@ class Sizes(NamedTuple):
 
     def hold(self, other: "Sizes") -> bool:
         """Whether buffers of these sizes serve a call of others."""
-        exact = ("copies", "image_tokens", "text_tokens", "group_size")
-        return all(
-            getattr(self, name) == getattr(other, name)
-            if name in exact
-            else getattr(self, name) >= getattr(other, name)
-            for name in self._fields
+        return self.fit(other) and all(mine >= theirs for mine, theirs in zip(self, self.both(other), strict=True))
+
+    def fit(self, other: "Sizes") -> bool:
+        """Whether one worker can serve calls of both sizes: what both sample has the same form."""
+        images = not (self.images and other.images) or (self.copies, self.image_tokens) == (
+            other.copies,
+            other.image_tokens,
+        )
+        return images and (not (self.texts and other.texts) or self.text_tokens == other.text_tokens)
+
+    def both(self, other: "Sizes") -> "Sizes":
+        """Sizes that hold both."""
+        larger = Sizes(*map(max, self, other))
+        drawing, answering = (self if self.images else other), (self if self.texts else other)
+        return larger._replace(
+            copies=drawing.copies, image_tokens=drawing.image_tokens, text_tokens=answering.text_tokens
         )
 
 
 class Inputs(NamedTuple):
     """What one call brings: prompts that requests name by their index, per question the (T, hidden) features of its
-    image, the (codes, hidden) embeddings of image codes, and what gives the sources of unconditional prompts of given
-    lengths."""
+    image, the (codes, hidden) embeddings of image codes, and the sources of unconditional prompts by length."""
 
     draw_ids: Sequence[Sequence[int]]
     ask_ids: Sequence[Sequence[int]]
     features: Sequence[torch.Tensor]
     code_table: torch.Tensor | None  # None where nothing is drawn
-    unconditional: Callable[[set[int]], dict[int, Source]]
+    unconditional: dict[int, Source]
 
 
 class PolicyWorker:
@@ -71,7 +80,7 @@ class PolicyWorker:
         device, end_id = policy.device, policy.encoder.eos_id
         self.images = ImageRows(sizes.images, sizes.image_tokens, sizes.copies, device)
         self.texts = TextRows(sizes.texts, sizes.text_tokens, end_id, device)
-        self.graphs = StepGraphs(self._step, device) if graphs else None
+        self.graphs = StepGraphs(device) if graphs else None
         self.inputs: Inputs | None = None
         self.prefilled: dict[tuple[str, int], Source] = {}
 
@@ -91,9 +100,7 @@ class PolicyWorker:
         drawn = self._prefill(requests, self.inputs.draw_ids, None)
         if self.sizes.copies == 1:
             return drawn
-        lengths = [request.prefix + 1 for request in requests]
-        twins = self.inputs.unconditional(set(lengths))
-        return drawn + [twins[length] for length in lengths]
+        return drawn + [self.inputs.unconditional[request.prefix + 1] for request in requests]
 
     def prefill_texts(self, requests: Sequence[Request]) -> list[Source]:
         return self._prefill(requests, self.inputs.ask_ids, self.inputs.features)
@@ -132,7 +139,7 @@ class PolicyWorker:
         if self.graphs is None:
             self._step(self.images.count, self.texts.count)
         else:
-            self.graphs.run(bucket(self.images.count), bucket(self.texts.count))
+            self.graphs.run(self._step, bucket(self.images.count), bucket(self.texts.count))
 
     def _step(self, images: int, texts: int) -> None:
         """Feed the first `images` drawings and `texts` answers their last tokens and sample the next."""

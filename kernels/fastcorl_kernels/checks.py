@@ -55,10 +55,11 @@ def check_index_vector(value, name, length, like):
 def check_index_range(index, name, vocabulary, mask=None):
     """Ids within ``[0, vocabulary)`` on the rows that ``mask`` keeps.
 
-    Off the CPU only with FASTCORL_KERNELS_DEBUG=1 in the environment, since looking makes the host wait for the device.
+    Off the CPU only with FASTCORL_KERNELS_DEBUG=1 in the environment, since looking makes the host wait for the device,
+    and never while a CUDA graph is captured, which cannot wait.
     """
     looks = index.device.type == "cpu" or os.environ.get("FASTCORL_KERNELS_DEBUG") == "1"
-    if not looks:
+    if not looks or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     index = index if mask is None else index[mask]
     if index.numel() == 0:

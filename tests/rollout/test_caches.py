@@ -88,6 +88,13 @@ def prefiller(policy, decoder, rope):
 PROMPTS = [17, 16, 34, 33, 32, 1, 2]
 
 
+@torch.no_grad()
+def test_a_prefill_keeps_nothing_but_keys_and_values(prefiller):
+    (source,) = prefiller.prompts(random_ids(30), [None])
+    for states in (*source.prefill.keys, *source.prefill.values):
+        assert states.untyped_storage().nbytes() == states.nbytes
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_rows_see_their_prompt_and_their_own_tokens(policy, decoder, rope, prefiller, kind):

@@ -1,5 +1,7 @@
 """Limited rows and pages: requests wait, ended answers make room, and nothing of it shows in what is sampled."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -161,6 +163,68 @@ def test_a_drawing_beyond_the_context_is_refused(policy, prompts):
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         SamplingParams(**settings)
+
+
+@pytest.mark.parametrize("cache", ["grouped", "paged"])
+@pytest.mark.parametrize("limits", [{"max_rows": 5}, *({"kv_cache_tokens": tokens} for tokens in range(300, 700, 50))])
+def test_repeated_prompts_share_their_pages(policy, prompts, cache, limits):
+    again = [prompts[0], prompts[4], prompts[0], prompts[2], prompts[4]]
+    params = SamplingParams(1.0, 5.0, 24)
+    expected = RolloutEngine(policy).generate(again, 3, params, seed=9)
+    assert_same(RolloutEngine(policy, cache=cache, **limits).generate(again, 3, params, seed=9), expected)
+
+
+@pytest.mark.parametrize("cache", ["grouped", "paged"])
+def test_a_failed_call_leaves_no_trace(policy, prompts, whole, cache, monkeypatch):
+    engine = RolloutEngine(policy, cache=cache, max_rows=20)
+    step, calls = PolicyWorker.step, []
+
+    def failing(worker):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        step(worker)
+
+    monkeypatch.setattr(PolicyWorker, "step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompts, 4, PARAMS, seed=7)
+    assert_same(engine.generate(prompts, 4, PARAMS, seed=7), whole)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_worker_is_freed_when_it_is_replaced(policy, prompts, graphs):
+    """Its pool may be half of a GPU's memory."""
+    engine = RolloutEngine(policy, cache="paged", graphs=graphs)
+    engine.generate(prompts, 2, PARAMS)
+    first = weakref.ref(engine._worker.cache)
+    gc.disable()
+    try:
+        engine.generate(prompts, 2, replace(PARAMS, temperature=0.5))
+        assert first() is None
+        second = weakref.ref(engine._worker.cache)
+        del engine
+        assert second() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("cache", ["grouped", "paged"])
+def test_calls_of_both_kinds_in_turn_share_a_worker(policy, prompts, whole, cache):
+    engine, workers = RolloutEngine(policy, cache=cache), set()
+    for turn in range(6):
+        rollout = engine.generate(prompts, 4, PARAMS, draw=turn % 2 == 0, answer=turn % 2 == 1, seed=7)
+        if turn % 2:
+            assert torch.equal(rollout.texts.tokens, whole.texts.tokens)
+        else:
+            assert torch.equal(rollout.images.tokens, whole.images.tokens)
+        if turn > 0:
+            workers.add(engine._worker)
+    assert len(workers) == 1
+
+
+def test_an_unknown_cache_is_refused(policy):
+    with pytest.raises(ValueError, match="cache must be 'paged', 'grouped' or None, got 'gruoped'"):
+        RolloutEngine(policy, cache="gruoped")
 
 
 @pytest.mark.parametrize("max_rows", [None, 6])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastcorl.errors import UserError
 from fastcorl.rollout import RolloutEngine, SamplingParams, prefill
 from tests.helpers import HIDDEN_SIZE, IMAGE_SIZE, NUM_IMAGE_TOKENS, published_text_inputs
 
@@ -31,6 +32,8 @@ def test_hidden_states_are_those_of_transformers(engine, policy, reference, prom
     for ours, theirs in zip(states, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert engine.hidden_states([]) == []
+    with pytest.raises(UserError, match="a sequence of 513 tokens is to be scored; the model's context is 512"):
+        engine.hidden_states([[7] * 513])
 
 
 def test_log_probs_of_an_answer_follow_from_its_hidden_states(engine, policy, prompts):

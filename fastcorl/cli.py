@@ -46,15 +46,12 @@ class Generate:
         from PIL import Image
 
         from fastcorl.records import Prompt
-        from fastcorl.rollout import RolloutEngine
 
         params = _sampling_params(self, guidance=self.guidance)
         policy = _load(self.model, self.device)
         blank = Image.new("RGB", (policy.image_size, policy.image_size))
         prompt = Prompt("cli", self.prompt, blank, "", "", "OE")
-        engine = RolloutEngine(policy, max_rows=self.max_rows)
-        with _progress("drawing", self.num * policy.num_image_tokens) as progress:
-            rollout = engine.generate([prompt], self.num, params, answer=False, seed=self.seed, progress=progress)
+        rollout = _sample(self, policy, prompt, params, "drawing", self.num * policy.num_image_tokens, answer=False)
         columns = min(8, self.num)
         pixels = rollout.images.pixels.cpu()
         rows = -(-self.num // columns)
@@ -101,7 +98,6 @@ class Ask:
     def run(self) -> None:
         from fastcorl.data import ImageError, decode_image
         from fastcorl.records import Prompt
-        from fastcorl.rollout import RolloutEngine
 
         _sampling_params(self, max_new_tokens=self.max_new_tokens)
         if not self.image.is_file():
@@ -116,9 +112,7 @@ class Ask:
             raise UserError(f"--question is too long: {1 - room} tokens over the model's context")
         params = _sampling_params(self, max_new_tokens=min(self.max_new_tokens, room))
         prompt = Prompt("cli", "", image, self.question, "", "OE")
-        engine = RolloutEngine(policy, max_rows=self.max_rows)
-        with _progress("answering", None) as progress:
-            rollout = engine.generate([prompt], self.num, params, draw=False, seed=self.seed, progress=progress)
+        rollout = _sample(self, policy, prompt, params, "answering", None, draw=False)
         for answer in rollout.texts.answers:
             print(answer)
 
@@ -206,6 +200,21 @@ def _sampling_params(command: Generate | Ask, **settings: float):
         return SamplingParams(command.temperature, top_k=command.top_k, top_p=command.top_p, **settings)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _sample(command: Generate | Ask, policy, prompt, params, what: str, total: int | None, **kind: bool):
+    """A rollout of one prompt, with a progress bar; limits are named as the command's flags."""
+    from fastcorl.rollout import RolloutEngine
+
+    engine = RolloutEngine(policy, max_rows=command.max_rows)
+    try:
+        with _progress(what, total) as progress:
+            return engine.generate([prompt], command.num, params, seed=command.seed, progress=progress, **kind)
+    except UserError as error:
+        message = (
+            str(error).replace("rollout.max_rows", "--max-rows").replace("rollout.max_new_tokens", "--max-new-tokens")
+        )
+        raise UserError(message) from error
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class Trainer:
         draw, answer = self._modalities(step)
         prompts = [self.data[i] for i in self.sampler.for_rank(step, self.ranks.rank, self.ranks.world_size)]
         with self.timer.phase("rollout"):
-            self.engine.full_policy()
+            self.engine.full_policy()  # under ZeRO 3 it refills the copy that is sampled with
             rollout = self.rollouts.generate(
                 prompts,
                 self.group_size,

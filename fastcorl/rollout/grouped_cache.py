@@ -218,14 +218,13 @@ class _Rows:
         end, size = max(self.next) + 1, self.own[0].shape[-2]
         self.chunks = self.own[: -(-end // size)]
         # Chunks are read whole, since that is faster than the part of one that holds tokens.
-        last = torch.tensor([end - 1], device=self.geometry.device) if self.together else self.write_at[self.row]
-        self.biases: list[torch.Tensor | None] = []
-        for first in range(0, end, size):
-            unseen = torch.arange(first, first + size, device=last.device) > last[:, None]
-            if self.together:
-                self.biases.append(self._minus_infinity(unseen)[:, None] if first + size > end else None)
-            else:
-                self.biases.append(self._spread(unseen, queries=False).flatten(0, 2))
+        tokens = torch.arange(len(self.chunks) * size, device=self.geometry.device)
+        self.biases: list[torch.Tensor | None] = [None] * len(self.chunks)
+        if not self.together:
+            unseen = tokens > self.write_at[self.row][:, None]
+            self.biases = list(self._spread(unseen, queries=False).flatten(0, 2).split(size, dim=-1))
+        elif end < len(tokens):
+            self.biases[-1] = self._minus_infinity(tokens[-size:] >= end)[None, None]
         # Where new tokens go: the chunk, which rows (all if None), and the index of their places.
         self.targets: list[tuple[_Store, torch.Tensor | None, tuple]] = []
         if self.together and self.regular:
@@ -287,7 +286,7 @@ class _Store:
         self.geometry = geometry
         count = 2 * geometry.layers
         self.memory = [torch.zeros(0, dtype=geometry.dtype, device=geometry.device) for _ in range(count)]
-        self.views = self.memory
+        self.views = list(self.memory)
         self.shape: tuple[int, ...] | None = None
 
     def keys(self, layer: int) -> torch.Tensor:
@@ -316,5 +315,5 @@ class _Store:
             if keep and not (new is memory and shape[1:] == self.shape[1:]):
                 common = tuple(slice(min(sizes)) for sizes in zip(shape, self.shape, strict=True))
                 view[common] = old[common].clone() if new is memory else old[common]
-            self.views = [*self.views[:index], view, *self.views[index + 1 :]]
+            self.views[index] = view
         self.shape = shape

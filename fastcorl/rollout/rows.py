@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from fastcorl.rollout.sampling import SamplingParams
-from fastcorl_kernels import sample_tokens
+from fastcorl_kernels import SampledTokens, sample_tokens
 
 
 class _Rows:
@@ -48,11 +48,31 @@ class _Rows:
         """Forget every row, for another call."""
         self.keep([])
 
-    def _record(self, rows: slice, tokens: torch.Tensor, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(
+        self, logits: torch.Tensor, params: SamplingParams, rows: slice, uncond: torch.Tensor | None = None
+    ) -> SampledTokens:
+        """Sample these rows' next tokens and write them, with their log-probs, to where they go."""
+        sampled = sample_tokens(
+            logits,
+            self.seeds[rows],
+            self.steps[rows],
+            uncond=uncond,
+            guidance=params.guidance,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            tokens_out=self.tokens[:, rows],
+        )
         place = self.requests[rows], self.steps[rows]
-        self.out_tokens.index_put_(place, tokens)
-        self.out_log_probs.index_put_(place, log_probs)
-        return place
+        self.out_tokens.index_put_(place, sampled.tokens)
+        self.out_log_probs.index_put_(place, sampled.log_probs)
+        return sampled
+
+    def _count_up(self, rows: slice) -> torch.Tensor:
+        """These rows' steps, with the one that was drawn; rows of no request stay where they are."""
+        steps = self.steps[rows]
+        steps += self.requests[rows] != self.nobody
+        return steps
 
 
 class ImageRows(_Rows):
@@ -66,21 +86,9 @@ class ImageRows(_Rows):
     def sample(self, logits: torch.Tensor, params: SamplingParams, rows: slice) -> None:
         """(copies n, codes) logits, conditional ones first -> the next token of these n rows."""
         cond, uncond = (logits, None) if self.copies == 1 else logits.chunk(2)
-        sampled = sample_tokens(
-            cond,
-            self.seeds[rows],
-            self.steps[rows],
-            uncond=uncond,
-            guidance=params.guidance,
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            tokens_out=self.tokens[:, rows],
-        )
-        place = self._record(rows, sampled.tokens, sampled.log_probs)
-        self.out_cond_log_probs.index_put_(place, sampled.cond_log_probs)
-        requests, steps = place
-        steps += requests != self.nobody
+        sampled = self._draw(cond, params, rows, uncond)
+        self.out_cond_log_probs.index_put_((self.requests[rows], self.steps[rows]), sampled.cond_log_probs)
+        self._count_up(rows)
 
 
 class TextRows(_Rows):
@@ -94,19 +102,9 @@ class TextRows(_Rows):
 
     def sample(self, logits: torch.Tensor, params: SamplingParams, rows: slice) -> None:
         """(m, vocabulary) logits -> the next token of these m rows; rows that end have no request any more."""
-        sampled = sample_tokens(
-            logits,
-            self.seeds[rows],
-            self.steps[rows],
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            tokens_out=self.tokens[0, rows],
-        )
-        requests, steps = self._record(rows, sampled.tokens, sampled.log_probs)
-        ended = sampled.tokens == self.end_id
+        ended = self._draw(logits, params, rows).tokens == self.end_id
+        requests, steps = self.requests[rows], self._count_up(rows)
         self.out_finished.index_put_((requests,), ended)
-        steps += requests != self.nobody
         self.out_lengths.index_put_((requests,), steps)
         requests.masked_fill_(ended | (steps == self.length), self.nobody)
 

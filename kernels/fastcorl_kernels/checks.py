@@ -52,6 +52,11 @@ def check_index_vector(value, name, length, like):
     require(fits, name, f"an int32 or int64 tensor of shape ({length},) on {like.device}", value)
 
 
+def is_integer(value, least):
+    """Whether ``value`` is a whole number of at least ``least``, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+
+
 def check_index_range(index, name, vocabulary, mask=None):
     """Ids within ``[0, vocabulary)`` on the rows that ``mask`` keeps.
 

@@ -1,12 +1,10 @@
 """Group-relative advantages."""
 
-import numbers
-
 import torch
 
 from fastcorl_kernels.advantages.reference import group_advantages_reference
 from fastcorl_kernels.backend import resolve_backend
-from fastcorl_kernels.checks import check_choice, check_number, require
+from fastcorl_kernels.checks import check_choice, check_number, is_integer, require
 
 MODES = ("sum_then_normalize", "normalize_then_sum")
 SCALES = ("std", "none")
@@ -39,8 +37,7 @@ def group_advantages(
     """
     fits = isinstance(rewards, torch.Tensor) and rewards.dim() in (1, 2) and not rewards.is_complex()
     require(fits, "rewards", "a real tensor of shape (n,) or (n, k)", rewards)
-    whole = isinstance(group_size, numbers.Integral) and not isinstance(group_size, bool) and group_size >= 1
-    require(whole, "group_size", "an integer of at least 1", group_size)
+    require(is_integer(group_size, 1), "group_size", "an integer of at least 1", group_size)
     require(rewards.shape[0] % group_size == 0, "rewards", f"a multiple of group_size={group_size} rows", rewards)
     check_choice(mode, "mode", MODES)
     check_choice(scale, "scale", SCALES)

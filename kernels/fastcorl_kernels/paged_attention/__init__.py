@@ -1,6 +1,5 @@
 """Decoding one token per row over a paged cache of keys and values."""
 
-import numbers
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from fastcorl_kernels.checks import (
     check_index_range,
     check_index_vector,
     check_number,
+    is_integer,
     require,
 )
 from fastcorl_kernels.log_softmax.autograd import op_context
@@ -169,8 +169,7 @@ def _check_prefix(prefix, block_table, context_lengths, page_size):
     fits = fits and bounds.dtype == torch.int32 and bounds.device == block_table.device
     expected = f"an int32 tensor of shape ({len(lengths) + 1},) on {block_table.device}"
     require(fits, "prefix.row_bounds", expected, bounds)
-    whole = isinstance(most, numbers.Integral) and not isinstance(most, bool) and most >= 1
-    require(whole, "prefix.max_group", "an integer of at least 1", most)
+    require(is_integer(most, 1), "prefix.max_group", "an integer of at least 1", most)
     if block_table.device.type != "cpu":
         return
     rows, capacity = block_table.shape[0], block_table.shape[1] * page_size

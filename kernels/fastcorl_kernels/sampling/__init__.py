@@ -1,12 +1,11 @@
 """Drawing tokens from logits, with noise that depends on a row's seed, the step and the token id alone."""
 
-import numbers
 from typing import NamedTuple
 
 import torch
 
 from fastcorl_kernels.backend import resolve_backend
-from fastcorl_kernels.checks import check_float_matrix, check_index_vector, check_number, require
+from fastcorl_kernels.checks import check_float_matrix, check_index_vector, check_number, is_integer, require
 from fastcorl_kernels.sampling.reference import gumbel_noise_reference, sample_tokens_reference
 
 
@@ -126,10 +125,8 @@ def _check_steps(steps, rows):
     if isinstance(steps, torch.Tensor):
         check_index_vector(steps, "steps", rows.shape[0], rows)
     else:
-        whole = isinstance(steps, numbers.Integral) and not isinstance(steps, bool) and steps >= 0
-        require(whole, "steps", "an integer of at least 0, or a tensor (n,) of them", steps)
+        require(is_integer(steps, 0), "steps", "an integer of at least 0, or a tensor (n,) of them", steps)
 
 
 def _check_count(value, name):
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
-    require(whole, name, "an integer of at least 1", value)
+    require(is_integer(value, 1), name, "an integer of at least 1", value)

@@ -5,23 +5,35 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-COLUMNS = ("prompt", "real_image", "qa_problem", "qa_solution", "qa_type")
+from fastcorl.config_base import Count, NonNegative, Positive, PositiveInt, Section
+from fastcorl.config_data import DataConfig, check_columns
+from fastcorl.config_rewards import RewardsConfig
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+class LoraConfig(Section):
+    """Adapters on the backbone's linear layers (LoRA, arXiv 2106.09685) instead of training the whole backbone."""
 
-    @field_validator("*", mode="before")
+    rank: Count = 0
+    """Rank of the adapters; 0 trains all weights."""
+    alpha: Positive = 32.0
+    """Adapters are scaled by alpha / rank."""
+    targets: list[str] = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Layers of each block that get one."""
+
+    @field_validator("targets")
     @classmethod
-    def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
-            raise ValueError(f"takes no true or false, got {str(value).lower()}")
-        return value
+    def _targets_are_layers(cls, targets: list[str]) -> list[str]:
+        known = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        for name in targets:
+            if name not in known:
+                raise ValueError(f"{name!r} is no linear layer of a block ({', '.join(known)})")
+        if not targets:
+            raise ValueError("must name at least one layer")
+        return targets
 
 
 class ModelConfig(Section):
@@ -31,38 +43,7 @@ class ModelConfig(Section):
     """Type of the weights in forward and backward; the optimizer keeps float32 copies of bfloat16 weights."""
     gradient_checkpointing: bool = False
     """Recompute each block in backward to save memory."""
-
-
-class DataConfig(Section):
-    train: str = "fastcorl.quickstart.data:train"
-    """Training rows: `module:function`, or a local parquet, jsonl or saved data set."""
-    held_out: str = "fastcorl.quickstart.data:held_out"
-    """Rows for evaluation, in the same forms."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Renames: our column (prompt, real_image, qa_problem, qa_solution, qa_type) to the data set's."""
-    question_template: str = "{question}"
-    """Text put around each question; must contain {question}."""
-    max_prompt_tokens: PositiveInt = 1024
-    """Longest caption or question, image features included, in tokens."""
-
-    @field_validator("columns")
-    @classmethod
-    def _columns_are_ours(cls, columns: dict[str, str]) -> dict[str, str]:
-        for name in columns:
-            if name not in COLUMNS:
-                raise ValueError(f"{name!r} is none of our columns ({', '.join(COLUMNS)})")
-        return columns
-
-    @field_validator("question_template")
-    @classmethod
-    def _template_has_place(cls, template: str) -> str:
-        try:
-            filled = template.format(question="\0")
-        except (LookupError, ValueError):
-            raise ValueError("must have no braces but those of {question}") from None
-        if "\0" not in filled:
-            raise ValueError("must contain {question}")
-        return template
+    lora: LoraConfig = LoraConfig()
 
 
 class RolloutConfig(Section):
@@ -93,12 +74,32 @@ class AlgorithmConfig(Section):
     """Clip range below 1; null is the paper's unclipped objective."""
     eps_high: Positive | None = None
     """Clip range above 1."""
+    delta: Positive | None = None
+    """Upper bound of the unclipped ratio (two-sided clipping)."""
     beta: NonNegative = 0.0
     """Weight of the k3 KL term to the frozen reference."""
     num_iterations: PositiveInt = 1
     """Optimizer updates per rollout (mu)."""
+    old_log_probs: Literal["recomputed", "sampled"] = "recomputed"
+    """What ratios start from: log-probs of the first update's own forward, or those captured while sampling."""
+    reference: Literal["keep", "offload", "swap"] = "keep"
+    """Where the frozen reference of the KL term is: on the device, in host memory between uses, or in host memory and
+    put in place of the trained weights while it is used. With adapters it is the model without them."""
+    advantage_mode: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Normalise the weighted sum of the rewards in a group, or each reward (GDPO, arXiv 2601.05242)."""
     advantage_scale: Literal["std", "none"] = "std"
     """Divide by the group's standard deviation, or not (Dr. GRPO)."""
+    dynamic_sampling: Count = 0
+    """Rounds in which groups of equal rewards are replaced by other prompts' (DAPO, arXiv 2503.14476)."""
+    token_budget: PositiveInt | None = None
+    """Answer tokens that each step trains on, over all ranks: answers are taken at random until it is full, and the
+    loss is divided by it (C3PO, arXiv 2506.14731)."""
+    external: bool = False
+    """Each group gets one member from the data, the real image and the solution (RL-PLUS, arXiv 2508.00222)."""
+    external_gamma: NonNegative = 1.0
+    """Exponent of its weight (1 - probability)^gamma."""
+    pair_similarity: bool = False
+    """Multiply advantages by the data's column pair_similarity (PairUni, arXiv 2510.25682)."""
 
     @model_validator(mode="after")
     def _clip_range_is_whole(self) -> "AlgorithmConfig":
@@ -106,18 +107,11 @@ class AlgorithmConfig(Section):
             raise ValueError("eps_low and eps_high must be given together, or both be null")
         if self.loss_type == "cispo" and self.eps_high is None:
             raise ValueError("loss_type cispo needs eps_low and eps_high")
+        if self.delta is not None and self.eps_low is None:
+            raise ValueError("delta needs eps_low and eps_high")
+        if self.token_budget is not None and self.loss_type not in ("dapo", "bnpo", "cispo"):
+            raise ValueError("token_budget divides the loss by tokens: loss_type must be dapo, bnpo or cispo")
         return self
-
-
-class RewardsConfig(Section):
-    answer_weight: NonNegative = 0.8
-    """Lambda of the unified reward: weight of accuracy and format."""
-    captioner: str = "quickstart"
-    """BLIP that recaptions drawings: a folder or hub name; "quickstart" is the shipped one."""
-    caption_tuples: str = "fastcorl.quickstart.grammar:scene_tuples"
-    """`module:function` from a caption to its set of scene-graph tuples."""
-    extra: dict[str, float] = Field(default_factory=dict)
-    """More rewards by `module:function`, with their weights."""
 
 
 class OptimizerConfig(Section):
@@ -188,6 +182,8 @@ class EvaluationConfig(Section):
     """Held-out prompts per evaluation."""
     guidance: NonNegative | None = None
     """Guidance of evaluated drawings; null takes the rollout's."""
+    gradient_cosine: bool = False
+    """Also log, at the steps of `every`, the cosine between the gradients of drawings and of answers."""
 
 
 class CheckpointConfig(Section):
@@ -203,13 +199,17 @@ class CompatConfig(Section):
 
 
 class StageConfig(Section):
-    task: Literal["unified", "alternate", "t2i", "mm2t", "mc", "oe", "merge"]
-    """What the stage trains; `merge` joins the stages named in `merge`."""
+    task: Literal["unified", "alternate", "t2i", "mm2t", "mc", "oe", "merge", "ordered"]
+    """What the stage trains; `merge` joins stages, `ordered` trains several one after another."""
     init: str = "model"
-    """Where the weights come from: "model" or the name of an earlier stage."""
+    """Where the weights come from: "model", the name of an earlier stage, or a folder (with a / in it)."""
     steps: PositiveInt = 100
     prompts_per_step: PositiveInt = 16
     """Prompts per optimizer step, over all ranks."""
+    data: str | None = None
+    """Overrides data.train."""
+    columns: dict[str, str] | None = None
+    """Overrides data.columns."""
     group_size: Annotated[int, Field(ge=2)] | None = None
     """Overrides algorithm.group_size."""
     learning_rate: Positive | None = None
@@ -217,12 +217,33 @@ class StageConfig(Section):
     beta: NonNegative | None = None
     """Overrides algorithm.beta."""
     merge: list[str] = Field(default_factory=list)
-    """For task merge: the two stages whose weights are joined (Gaussian merge around `init`)."""
+    """For task merge: the stages, or folders, whose weights are joined around `init`."""
+    method: Literal["gaussian", "linear", "ties"] = "gaussian"
+    """For task merge: Gaussian (arXiv 2501.10661, two stages), mean, or TIES (arXiv 2306.01708)."""
+    density: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """For method ties: fraction of each update's entries that is kept."""
+    order: list[str] = Field(default_factory=list)
+    """For task ordered: tasks (t2i, mm2t, mc, oe) to train for `steps` each, one after another."""
+    probe_steps: Count = 0
+    """For task ordered: steps per task that measure how much each harms the others, which decides the order
+    (Omni-Thinker, arXiv 2507.14783); 0 keeps the order given."""
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_ours(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
+        return None if columns is None else check_columns(columns)
 
     @model_validator(mode="after")
-    def _merge_names_two(self) -> "StageConfig":
-        if (self.task == "merge") != (len(self.merge) == 2):
-            raise ValueError("merge must name two stages for task merge, and none for any other task")
+    def _lists_fit_the_task(self) -> "StageConfig":
+        if (self.task == "merge") != bool(self.merge):
+            raise ValueError("merge must name stages for task merge, and none for any other task")
+        if self.task == "merge" and (len(self.merge) < 2 or (self.method == "gaussian" and len(self.merge) != 2)):
+            raise ValueError(f"merge must name {'two' if self.method == 'gaussian' else 'at least two'} stages")
+        if (self.task == "ordered") != bool(self.order):
+            raise ValueError("order must name tasks for task ordered, and none for any other task")
+        for task in self.order:
+            if task not in ("t2i", "mm2t", "mc", "oe") or self.order.count(task) > 1:
+                raise ValueError(f"order: {task!r} must be one of t2i, mm2t, mc, oe, named once")
         return self
 
 
@@ -265,7 +286,7 @@ class Config(Section):
             if name == "model" or not re.fullmatch(r"\w+", name):
                 raise ValueError(f"stages.{name}: a stage's name has letters, digits and _, and is not 'model'")
             for source in [stage.init, *stage.merge]:
-                if source not in earlier:
+                if source not in earlier and "/" not in source:
                     raise ValueError(f"stages.{name}: {source!r} is not an earlier stage (one of {', '.join(earlier)})")
             earlier.append(name)
         return self

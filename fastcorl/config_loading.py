@@ -1,6 +1,7 @@
 """From a YAML file and command-line overrides to a `Config`. Imports no torch, so that mistakes show at once.
 
-The file may name another with `extends: other.yaml`, relative to itself; mappings are merged, all else is replaced.
+A file may name another with `extends: other.yaml`, relative to itself, and of several files each lies over those before
+it; mappings are merged, all else is replaced.
 tyro reads the command line as text; both sources are put together first and validated once, so a mistake reads the
 same wherever it was made.
 """
@@ -29,8 +30,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def load_config(argv: Sequence[str]) -> Config:
     """The validated configuration that `argv` (without the program's name) asks for; raises UserError."""
+    return read_command_line(argv)[0]
+
+
+def read_command_line(argv: Sequence[str]) -> tuple[Config, bool]:
+    """As `load_config`, and whether a dry run is asked for."""
     launch, rest = _parse(_Launch, argv)
-    sources = Sources(files=_read_chain(str(launch.config)))
+    if not launch.config:
+        raise UserError("--config: needs the path of a YAML file")
+    sources = Sources(files=[entry for path in reversed(launch.config) for entry in _read_chain(str(path))])
     merged: dict[str, Any] = {}
     for _, mapping in reversed(sources.files):
         merged = _merge(merged, mapping)
@@ -46,7 +54,7 @@ def load_config(argv: Sequence[str]) -> Config:
         raise UserError(describe(error, sources)) from None
     if launch.help:
         _print_help(config)
-    return config
+    return config, launch.dry_run
 
 
 def _default_path() -> Path:
@@ -59,9 +67,12 @@ def _default_path() -> Path:
 class _Launch:
     """What the command line holds besides the configuration's keys."""
 
-    config: Path = field(default_factory=_default_path)
+    config: list[Path] = field(default_factory=lambda: [_default_path()])
+    """YAML files, each laid over those before it."""
     local_rank: str = ""
     """Added by the deepspeed and torch launchers; ranks come from the environment."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Resolve everything, show what it takes and train nothing."""
     help: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=["-h"])] = False
 
 
@@ -203,7 +214,7 @@ def _print_help(config: Config) -> None:
             Config,
             default=config,
             args=["--help"],
-            prog="fastcorl/train.py [--config FILE]",
+            prog="fastcorl/train.py [--config FILE ...] [--dry-run]",
             description="Train with CoRL. Values shown are those of the configuration file.",
             use_underscores=True,
             config=(tyro.conf.FlagConversionOff,),

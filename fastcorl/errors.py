@@ -7,7 +7,12 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: configuration, data, a path. The message names the place and the remedy."""
+    """A mistake in what the user gave: configuration, data, a path. The message names the place and the remedy.
+
+    `local`: met by one rank alone, which then has to tell it; others are met, and told, by the first.
+    """
+
+    local = False
 
 
 @contextmanager
@@ -19,6 +24,6 @@ def main_guard() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if error.local or os.environ.get("RANK", "0") == "0":
             print("fastcorl:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fastcorl.records import Prompt, Rollout
-from fastcorl.rewards import AccuracyReward, FormatReward
+from fastcorl.rewards import AccuracyReward, FormatReward, RewardSuite
 from fastcorl.rollout import RolloutEngine, SamplingParams
 from fastcorl.runtime.distributed import Distributed
 
@@ -40,6 +40,24 @@ def evaluate(
             answers += part_answers
     scores = scorer(captions, torch.cat(pixels).float() / 255) if scorer is not None else {}
     return scores | _answer_scores(answers)
+
+
+def drawing_reward(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    rewards: RewardSuite,
+    *,
+    ranks: Distributed,
+    seed: object = "evaluation",
+) -> float:
+    """Mean reward of one drawing per prompt, over all ranks; drawings without a reward are left out."""
+    mine = prompts[ranks.rank :: ranks.world_size]
+    parts = [mine[start : start + PROMPTS_AT_ONCE] for start in range(0, len(mine), PROMPTS_AT_ONCE)]
+    totals = [rewards(engine.generate(part, 1, params, answer=False, seed=seed)).total for part in parts]
+    known = [value for total in totals for value in total[total.isfinite()].tolist()]
+    total, count = ranks.reduce([sum(known), float(len(known))])
+    return total / count if count else 0.0
 
 
 def _compact(rollout: Rollout, drawn: bool) -> tuple[list[str], torch.Tensor | None, list[tuple[str, float, float]]]:

@@ -11,20 +11,23 @@ from transformers.utils import logging as transformers_logging
 
 from fastcorl.algorithm import merge_state_dicts
 from fastcorl.config import Config, StageConfig
-from fastcorl.data import PromptData, load_rows, validate_rows
 from fastcorl.errors import UserError
-from fastcorl.evaluation import evaluate
+from fastcorl.evaluation import drawing_reward, evaluate
 from fastcorl.model import Policy, load_policy, save_policy
+from fastcorl.ordering import best_order, measure_transfer
 from fastcorl.plugins import load_object
-from fastcorl.records import Prompt
-from fastcorl.rewards import BlipCaptioner, RewardSuite
+from fastcorl.rewards import RewardModels
+from fastcorl.run_data import RunData
 from fastcorl.runtime import distributed
 from fastcorl.runtime.engine import engine_name
 from fastcorl.runtime.report import draw_report, print_scores, score_table
 from fastcorl.runtime.run_folder import Position, RunFolder, placed, write_text
 from fastcorl.runtime.samples import save_samples
 from fastcorl.runtime.telemetry import Telemetry
-from fastcorl.trainer import TASKS, Trainer, rollout_engine, sampling_params, stage_prompts
+from fastcorl.tasks import expand, uses
+from fastcorl.trainer import Trainer, reward_suite, rollout_engine, sampling_params
+
+BAD_ROWS = "bad_rows.jsonl"
 
 
 def train(config: Config) -> None:
@@ -44,64 +47,75 @@ class Run:
 
     def __init__(self, config: Config, ranks: distributed.Distributed, *, launched: bool):
         self.config, self.ranks, self.launched = config, ranks, launched
+        self.stages = expand(config)
         scorer = config.evaluation.scorer
         self.scorer = load_object(scorer, "evaluation.scorer")() if scorer else None
+        self._check_folders()
         self.start_policy = self._load("model")
-        self.data = self._prompts(config.data.train, "data.train")
-        self.held_out = self._prompts(config.data.held_out, "data.held_out")
-        for name, stage in config.stages.items():
-            if stage.task != "merge":
-                stage_prompts(config, name, stage, self.data)[1].for_rank(1, ranks.rank, ranks.world_size)
-        self.captioner = self._captioner()
-        self._check_captions(RewardSuite(config.rewards, self.start_policy, rollout_engine(config, self.start_policy)))
+        self.models = RewardModels(config.rewards, ranks.device, draws=uses(self.stages).draws)
+        self.data = RunData(config, self.stages, self.start_policy, self.models.caption_problem, ranks)
         self.folder = RunFolder(config)
         self.checkpoint = self.folder.resume_from(config.resume)
         self._check_checkpoint()
-        steps = {name: 0 if stage.task == "merge" else stage.steps for name, stage in config.stages.items()}
+        steps = {name: 0 if stage.task == "merge" else stage.steps for name, stage in self.stages.items()}
         self.telemetry = Telemetry(self.folder.path, config.logging, steps, ranks.is_main)
         self.scores: list[dict] = []
 
     def train(self) -> None:
-        with self.telemetry:
-            self._open_folder()
-            if not self.scores:
-                self._evaluate("start", self.start_policy)
-            self.start_policy = None
-            finished = self._finished_stages()
-            for name, stage in self.config.stages.items():
-                if name in finished:
-                    if not any(entry["stage"] == name for entry in self.scores):
-                        self._evaluate(name, self._load(name))
-                    continue
-                policy = self._merge(stage) if stage.task == "merge" else self._train_stage(name, stage)
+        try:
+            with self.telemetry:
+                self._open_folder()
+                if not self.scores:
+                    self._evaluate("start", self.start_policy)
+                self.start_policy = None
+                self._run_stages()
                 if self.ranks.is_main:
-                    with placed(self.folder.export(name)) as folder:
-                        save_policy(policy, folder)
-                self._evaluate(name, policy)
-                del policy
-                gc.collect()
+                    self._report()
+        finally:
+            self.models.close()
+
+    def _run_stages(self) -> None:
+        finished = self._finished_stages()
+        for name in self.stages:
+            if name in finished:
+                if not any(entry["stage"] == name for entry in self.scores):
+                    self._evaluate(name, self._load(name))
+                continue
+            self._choose_order(name)
+            stage = self.stages[name]
+            policy = self._merge(stage) if stage.task == "merge" else self._train_stage(name, stage)
             if self.ranks.is_main:
-                self._report()
+                with placed(self.folder.export(name)) as folder:
+                    save_policy(policy, folder)
+            self._evaluate(name, policy)
+            del policy
+            gc.collect()
+
+    def _trainer(self, name: str, stage: StageConfig) -> Trainer:
+        policy, lora = self._load(stage.init), self.config.model.lora
+        if lora.rank:
+            torch.manual_seed(self.config.seed)  # peft draws one matrix of each adapter
+            policy.add_adapters(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+        prompts = self.data.prompts(name, stage)
+        return Trainer(self.config, name, stage, policy, self.models, prompts, self.ranks, launched=self.launched)
 
     def _train_stage(self, name: str, stage: StageConfig) -> Policy:
-        policy = self._load(stage.init)
-        beta = self.config.algorithm.beta if stage.beta is None else stage.beta
-        reference = self._load(stage.init).requires_grad_(False) if beta else None
-        trainer = Trainer(
-            self.config, name, stage, policy, reference, self.captioner, self.data, self.ranks, launched=self.launched
-        )
+        trainer = self._trainer(name, stage)
         first = 1
         if self.checkpoint and self.checkpoint[1].stage == name:
             folder, position = self.checkpoint
             trainer.engine.load(folder)
             first = position.step + 1
             self.telemetry.note(f"{name}: resumed at step {first} from {folder}")
+        every = self.config.evaluation.every
         for step in range(first, stage.steps + 1):
-            record, rollout, scores = trainer.train_step(step)
-            every = self.config.evaluation.every
-            if every and step % every == 0 and step < stage.steps:
+            probing = bool(every) and step % every == 0
+            record, rollout, scores = trainer.train_step(step, probe=probing and self.config.evaluation.gradient_cosine)
+            if probing and step < stage.steps:
                 record.scores = self._evaluate(f"{name} {step}", trainer.engine.full_policy())
             self.telemetry.write(record)
+            for reward, failure in scores.failures.items():
+                self.telemetry.note(f"{name} step {step}: reward {reward} failed, its rows are not scored: {failure}")
             self._save_samples(name, step, rollout, scores)
             if self.config.checkpoint.every and step % self.config.checkpoint.every == 0:
                 self._save_checkpoint(trainer, step)
@@ -109,25 +123,72 @@ class Run:
         trainer.engine.close()
         return trained
 
+    def _choose_order(self, name: str) -> None:
+        """Before the first part of an ordered stage: measure which order forgets least, or read what was measured."""
+        for ordered, stage in self.config.stages.items():
+            parts = [f"{ordered}_{number}" for number in range(1, len(stage.order) + 1)]
+            if not stage.probe_steps or name not in parts:
+                continue
+            file = self.folder.path / f"order-{ordered}.json"
+            if not file.exists():
+                order, transfer = self._measure_order(self.stages[parts[0]], stage)
+                self.ranks.barrier()
+                if self.ranks.is_main:
+                    write_text(file, json.dumps({"order": order, "transfer": transfer}, indent=1))
+                self.ranks.barrier()
+            order = json.loads(file.read_text())["order"]
+            if name == parts[0]:
+                self.telemetry.note(f"{ordered}: order of least forgetting: {', '.join(order)} ({file})")
+            for part, task in zip(parts, order, strict=True):
+                self.stages[part] = self.stages[part].model_copy(update={"task": task})
+
+    def _measure_order(self, part: StageConfig, stage: StageConfig) -> tuple[list[str], dict]:
+        """A short training of each task from the same start."""
+
+        def burst(task: str) -> dict[str, float]:
+            change = {"task": task, "steps": stage.probe_steps}
+            trainer = self._trainer(f"probe_{task}", part.model_copy(update=change))
+            for step in range(1, stage.probe_steps + 1):
+                trainer.train_step(step)
+            scores = self._task_scores(trainer.engine.full_policy())
+            trainer.engine.close()
+            return scores
+
+        transfer = measure_transfer(stage.order, self._task_scores(self._load(part.init)), burst)
+        return best_order(stage.order, transfer), transfer
+
+    def _task_scores(self, policy: Policy) -> dict[str, float]:
+        """Held-out score of every task: accuracy of answers, mean reward of drawings."""
+        config = self.config
+        engine = rollout_engine(config, policy)
+        params = sampling_params(config, guidance=config.evaluation.guidance)
+        prompts = self.data.held_out_prompts(config.evaluation.num_prompts)
+        scores = evaluate(engine, prompts, params, None, ranks=self.ranks)
+        found = {"mm2t": scores["accuracy"], "mc": scores.get("mc", 0.0), "oe": scores.get("oe", 0.0)}
+        if uses(self.stages).draws:
+            suite = reward_suite(config, self.models, policy, engine, engine)
+            found["t2i"] = drawing_reward(engine, prompts, params, suite, ranks=self.ranks)
+        return found
+
     def _merge(self, stage: StageConfig) -> Policy:
         policy = self._load(stage.init)
         states = [policy.janus.state_dict(), *(self._load(source).janus.state_dict() for source in stage.merge)]
-        policy.janus.load_state_dict(merge_state_dicts(*states))
+        merged = merge_state_dicts(*states, method=stage.method, density=stage.density)
+        policy.janus.load_state_dict(merged)
         return policy
 
     def _evaluate(self, label: str, policy: Policy) -> dict[str, float]:
         """Held-out scores of both abilities, printed and kept in scores.json."""
         config = self.config
         params = sampling_params(config, guidance=config.evaluation.guidance)
-        count = min(config.evaluation.num_prompts, len(self.held_out))
-        prompts = [self.held_out[i] for i in range(count)]
+        prompts = self.data.held_out_prompts(config.evaluation.num_prompts)
         scores = evaluate(rollout_engine(config, policy), prompts, params, self.scorer, ranks=self.ranks)
         self.scores = [entry for entry in self.scores if entry["stage"] != label]
         self.scores.append({"stage": label, "scores": scores})
         if self.ranks.is_main:
             write_text(self.folder.path / "scores.json", json.dumps(self.scores, indent=1))
             shown = "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
-            self.telemetry.note(f"held-out scores, {label}: {shown}  (%, {count} prompts)")
+            self.telemetry.note(f"held-out scores, {label}: {shown}  (%, {len(prompts)} prompts)")
         self.ranks.barrier()
         return scores
 
@@ -165,12 +226,14 @@ class Run:
     def _load(self, source: str) -> Policy:
         """The policy of the configured model, or of a finished stage."""
         model = self.config.model
-        path: str | Path = model.path if source == "model" else self.folder.export(source)
+        path: str | Path = model.path if source == "model" else source
+        if source in self.stages:
+            path = self.folder.export(source)
         return load_policy(
             path,
             dtype=getattr(torch, model.dtype),
             device=self.ranks.device,
-            question_template=self.config.data.question_template,
+            templates=self.config.data.templates,
             gradient_checkpointing=model.gradient_checkpointing,
         )
 
@@ -186,7 +249,7 @@ class Run:
         if self.checkpoint is None:
             return
         folder, position = self.checkpoint
-        if position.stage not in self.config.stages:
+        if position.stage not in self.stages:
             raise UserError(f"resume: {folder} is of stage {position.stage!r}, which this configuration does not have")
         for name, here in self._engine_facts().items():
             there = getattr(position, name)
@@ -197,67 +260,18 @@ class Run:
         """The stages that a resumed run does not train again: those before the one it goes back to."""
         if self.config.resume is None:
             return []
-        order = list(self.config.stages)
+        order = list(self.stages)
         if self.config.resume != "auto":
             return order[: order.index(self.checkpoint[1].stage)]
         exported = [self.folder.export(name).exists() for name in order]
         return order[: exported.index(False) if False in exported else len(order)]
 
-    def _check_captions(self, rewards: RewardSuite) -> None:
-        """A caption without scene-graph tuples could never be scored."""
-        if self.captioner is None:
-            return
-        for index, caption in enumerate(self.data.rows.column("prompt")):
-            if not rewards.parse(caption):
-                raise UserError(
-                    f"{self.data.rows.source}: row {index}: rewards.caption_tuples "
-                    f"({self.config.rewards.caption_tuples}) finds nothing in the caption {caption[:60]!r}"
-                )
-
-    def _captioner(self) -> BlipCaptioner | None:
-        if not any(TASKS[stage.task][0] for stage in self.config.stages.values() if stage.task != "merge"):
-            return None
-        try:
-            return BlipCaptioner.from_pretrained(self.config.rewards.captioner, device=self.ranks.device)
-        except ValueError as error:
-            raise UserError(f"rewards.captioner: {error}") from error
-
-    def _prompts(self, source: str, key: str) -> PromptData:
-        config = self.config
-        rows = load_rows(source, config.data.columns, key)
-        validate_rows(rows)
-        data = PromptData(rows)
-        self._check_lengths(data)
-        return data
-
-    def _check_lengths(self, data: PromptData) -> None:
-        """No prompt over the limit, no sequence over the model's context or a pack."""
-        config, policy = self.config, self.start_policy
-        longest = {"caption": 0, "question": 0}
-
-        def count(prompt: Prompt) -> tuple[int, int]:
-            draw_ids, ask_ids = policy.encoder.draw(prompt.caption), policy.encoder.ask(prompt.question)
-            counts = len(draw_ids), len(ask_ids)
-            placeholders = [*draw_ids, *ask_ids].count(policy.encoder.image_id)
-            if placeholders != policy.processor.num_image_tokens:
-                token = policy.processor.image_token
-                raise UserError(f"{data.rows.source}: row {prompt.id}: caption or question contains {token!r}")
-            longest.update({name: max(longest[name], n) for name, n in zip(longest, counts, strict=True)})
-            return counts
-
-        data.check_lengths(count, config.data.max_prompt_tokens)
-        drawing = longest["caption"] + policy.num_image_tokens
-        answer = longest["question"] + config.rollout.max_new_tokens
-        context = policy.janus.config.text_config.max_position_embeddings
-        if max(drawing, answer) > context:
-            raise UserError(
-                f"the longest prompts with {policy.num_image_tokens} image tokens or rollout.max_new_tokens "
-                f"{config.rollout.max_new_tokens} make {max(drawing, answer)} tokens; the model's context is {context}"
-            )
-        guided = config.algorithm.policy_logits != "cond" and config.rollout.guidance != 1
-        needed = max(2 * drawing if guided else drawing, answer)
-        if needed > config.packing.tokens:
-            raise UserError(f"packing.tokens {config.packing.tokens} must hold the longest sequence, {needed} tokens")
+    def _check_folders(self) -> None:
+        """Models that are named by folder are there."""
+        for name, stage in self.stages.items():
+            for source in (stage.init, *stage.merge):
+                if source not in self.stages and source != "model" and not Path(source).is_dir():
+                    raise UserError(f"stages.{name}: there is no model folder {source!r}")
 
     def _open_folder(self) -> None:
         """Prepare the run's folder; when resuming, drop what was logged after the checkpoint."""
@@ -269,6 +283,13 @@ class Run:
             if resume:
                 self._go_back()
         self.ranks.barrier()
+        if self.ranks.is_main:
+            self.data.write_bad_rows(self.folder.path / BAD_ROWS)
+        self.ranks.barrier()
+        if not self.ranks.is_main:  # what all ranks know is listed by now; this is for what each meets on its own
+            self.data.write_bad_rows(self.folder.path / BAD_ROWS)
+        for line in self.data.notes():
+            self.telemetry.note(line)
         scores = self.folder.path / "scores.json"
         if resume and scores.exists():
             self.scores = json.loads(scores.read_text())
@@ -276,11 +297,11 @@ class Run:
 
     def _go_back(self) -> None:
         """Forget what was logged after the point the run continues from."""
-        order, finished = list(self.config.stages), self._finished_stages()
+        order, finished = list(self.stages), self._finished_stages()
         remaining = order[len(finished) :]
         stage, step = order[0], 0
         if finished:
-            stage, step = finished[-1], self.config.stages[finished[-1]].steps
+            stage, step = finished[-1], self.stages[finished[-1]].steps
         if self.checkpoint and self.checkpoint[1].stage in remaining[:1]:
             position = self.checkpoint[1]
             stage, step = position.stage, position.step

@@ -21,6 +21,7 @@ class Prompt:
     """One training example: draw `caption`, answer `question` about `image`.
 
     `question_type` is "MC" (multiple choice) or "OE" (open-ended); `solution` holds `<answer>...</answer>`.
+    `pair_similarity`, in [0, 1], says how well caption and question belong together (PairUni, arXiv 2510.25682).
     """
 
     id: str
@@ -29,6 +30,7 @@ class Prompt:
     question: str
     solution: str
     question_type: str
+    pair_similarity: float = 1.0
 
 
 @dataclass
@@ -66,10 +68,15 @@ class Rollout:
     ask_ids: list[list[int]]  # per prompt: token ids of the question prompt, with image placeholders
     image_token_id: int  # the placeholder
     vision_features: torch.Tensor | None = None  # (P, T_vision, hidden), of the real images
+    num_external: int = 0  # last rows of each group that come from the data; their log-probs are NaN
 
     @property
     def num_rows(self) -> int:
         return len(self.prompts) * self.group_size
+
+    def external_rows(self) -> torch.Tensor:
+        """(n,) bool."""
+        return torch.arange(self.num_rows) % self.group_size >= self.group_size - self.num_external
 
     def prompt_of(self, row: int) -> Prompt:
         return self.prompts[row // self.group_size]
@@ -81,6 +88,8 @@ class Scores:
 
     total: torch.Tensor  # (n,) float32
     parts: dict[str, torch.Tensor]  # each (n,) float32, before weighting
+    weights: dict[str, float] = field(default_factory=dict)  # of the parts that make up the total, none of them 0
+    failures: dict[str, str] = field(default_factory=dict)  # rewards that could not be computed, and why
 
 
 @dataclass
@@ -99,6 +108,7 @@ class LossRows:
     ref_log_probs: torch.Tensor | None = None  # (R,) float32
     sampled_log_probs: torch.Tensor | None = None  # (R,) float32, as captured while sampling
     uncond_positions: torch.Tensor | None = None  # (R,) int64, with guidance in the policy
+    external: torch.Tensor | None = None  # (S_m,) bool, sequences that come from the data; None means none
 
 
 @dataclass

@@ -8,17 +8,20 @@ if not __package__:
     _repository = Path(__file__).resolve().parent.parent
     sys.path[0:1] = [str(_repository), str(_repository / "kernels")]
 
-from fastcorl.config_loading import load_config
+from fastcorl.config_loading import read_command_line
 from fastcorl.errors import main_guard
 
 
 @main_guard()
 def main() -> None:
-    config = load_config(sys.argv[1:])
+    config, dry_run = read_command_line(sys.argv[1:])
     # Only now, because torch takes seconds to import and a mistake should show at once.
-    from fastcorl.pipeline import train
+    if dry_run:
+        from fastcorl.dry_run import describe_run as run
+    else:
+        from fastcorl.pipeline import train as run
 
-    train(config)
+    run(config)
 
 
 if __name__ == "__main__":

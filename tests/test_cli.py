@@ -40,9 +40,20 @@ def test_ask_answers_about_a_picture(tmp_path, capsys):
 
 def test_evaluate_prints_and_writes_scores(tmp_path, capsys):
     main(["evaluate", "--num-prompts", "8", "--out", str(tmp_path / "scores.json")])
-    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    scores = json.loads((tmp_path / "scores.json").read_text())["models"][0]["scores"]
     assert {"overall", "digit", "accuracy", "mc", "oe", "format"} <= set(scores)
     assert "overall" in capsys.readouterr().out
+
+
+def test_evaluate_puts_models_side_by_side(tmp_path, capsys):
+    from fastcorl.model.loading import QUICKSTART_WEIGHTS
+
+    models = ["quickstart", str(QUICKSTART_WEIGHTS / "janus")]
+    arguments = ["--num-prompts", "4", "--scorer", "None", "--temperature", "0"]
+    main(["evaluate", "--model", *models, *arguments, "--out", str(tmp_path / "both.json")])
+    first, second = json.loads((tmp_path / "both.json").read_text())["models"]
+    assert [first["model"], second["model"]] == models and first["scores"] == second["scores"]
+    assert "accuracy" in (tmp_path / "both.md").read_text() and "accuracy" in capsys.readouterr().out
 
 
 def test_merge_of_a_model_with_itself_is_that_model(tmp_path):
@@ -50,8 +61,7 @@ def test_merge_of_a_model_with_itself_is_that_model(tmp_path):
 
     from fastcorl.model.loading import QUICKSTART_WEIGHTS
 
-    models = ["--base", "quickstart", "--first", "quickstart", "--second", "quickstart"]
-    main(["merge", *models, "--out", str(tmp_path)])
+    main(["merge", "--base", "quickstart", "--models", "quickstart", "quickstart", "--out", str(tmp_path)])
     before = load_file(QUICKSTART_WEIGHTS / "janus" / "model.safetensors")
     after = load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys()
@@ -69,6 +79,12 @@ def test_merge_of_a_model_with_itself_is_that_model(tmp_path):
         ["ask", "--image", "/no/such/image.png", "--question", "what?", "--top-p", "2"],
         ["ask", "--image", "/no/such/image.png", "--question", "what?"],
         ["evaluate", "--data", "/no/such/rows.parquet"],
+        ["evaluate", "--model", "quickstart", "quickstart"],
+        ["merge", "--base", "quickstart", "--models", "quickstart", "--out", "/tmp/never"],
+        ["merge", "--base", "quickstart", "--models", "quickstart", "quickstart", "quickstart", "--out", "/tmp/never"],
+        ["export-drawings", "--layout", "wise", "--prompts", "/no/such/prompts.json", "--out", "/tmp/never"],
+        ["export", "--from", "/no/such/model", "--out", "/tmp/never"],
+        ["doctor"],
     ],
 )
 def test_mistakes_are_one_line(arguments, capsys):

@@ -107,12 +107,12 @@ FLAG_MISTAKES = [
     (["--optimizer.betas", "0.9"], "--optimizer.betas: needs more than 1 values"),
     (["--data.columns", "prompt"], "--data.columns: Failed to parse key-value pairs"),
     (["--data.columns", "promt", "x"], "--data.columns: 'promt' is none of our columns"),
-    (["--data.question_template", "{q} {question}"], "must have no braces but those of {question}"),
+    (["--data.templates", "MC", "{q} {question}"], "MC: must have no braces but those of {question}"),
     (["--algorithm.eps_low", "0.1"], "--algorithm.eps_low: eps_low and eps_high must be given together"),
     (["--stages.mc.init", "unifid"], "--stages.mc.init: 'unifid' is not an earlier stage"),
     (["--name", "../x"], "must be the name of a folder"),
     (["--config", "no/such.yaml"], "no/such.yaml: no such file"),
-    (["--config"], "Missing value for argument '--config'"),
+    (["--config"], "--config: needs the path of a YAML file"),
     (["seed=1"], "unexpected argument 'seed=1'"),
 ]
 
@@ -130,7 +130,7 @@ FILE_MISTAKES = [
     (STAGE + "    steps: ten\n", "stages.unified.steps: must be a whole number, got 'ten'"),
     (STAGE + "    steps: true\n", "stages.unified.steps: takes no true or false, got true"),
     (STAGE + "    steps: 0\n    prompts_per_step: 0\n", "steps: must be more than 0, got 0 (and 1 more)"),
-    (STAGE + "    merge: [a, b]\n", "stages.unified: merge must name two stages"),
+    (STAGE + "    merge: [a, b]\n", "stages.unified: merge must name stages for task merge"),
     (STAGE + "name: 5\n", "name: must be text, got 5"),
     (STAGE + "name:\n", "name: must be text, got null"),
     (STAGE + "optimizer: fast\n", "optimizer: must be a mapping of keys, got 'fast'"),
@@ -208,3 +208,11 @@ def test_help_is_quick_and_lists_everything():
 def test_loading_imports_no_torch():
     code = "import sys, fastcorl.config_loading as c; c.load_config([]); assert 'torch' not in sys.modules"
     assert run("-c", code).returncode == 0
+
+
+def test_later_files_lie_over_earlier_ones(tmp_path):
+    first = write(tmp_path, STAGE + "seed: 1\nrollout:\n  guidance: 2\n", "first.yaml")
+    second = write(tmp_path, "seed: 2\nrollout:\n  temperature: 0.5\n", "second.yaml")
+    config = load_config(["--config", first, second, "--name", "both"])
+    assert (config.seed, config.rollout.guidance, config.rollout.temperature) == (2, 2, 0.5)
+    assert config.name == "both"

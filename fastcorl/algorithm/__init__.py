@@ -1,5 +1,7 @@
 """CoRL's algorithm: packing, the objective and the merge of refined policies."""
 
+from fastcorl.algorithm.budget import budget_lengths
+from fastcorl.algorithm.gradients import gradient_cosine
 from fastcorl.algorithm.merge import gaussian_merge, merge_state_dicts
 from fastcorl.algorithm.objective import CoRLObjective, ObjectiveOptions, StepTotals, packed_log_probs
 from fastcorl.algorithm.packing import PackOptions, count_micro_batches, pack_rollout
@@ -9,8 +11,10 @@ __all__ = [
     "ObjectiveOptions",
     "PackOptions",
     "StepTotals",
+    "budget_lengths",
     "count_micro_batches",
     "gaussian_merge",
+    "gradient_cosine",
     "merge_state_dicts",
     "pack_rollout",
     "packed_log_probs",

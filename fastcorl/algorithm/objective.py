@@ -1,11 +1,12 @@
 """The CoRL objective on a packed micro-batch: GRPO on image tokens plus GRPO on text tokens, one backbone forward."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import nn
 
+from fastcorl.algorithm.external import exploration_advantages, mixture_log_probs
 from fastcorl.records import LossRows, PackedBatch
 from fastcorl_kernels import GRPOLoss, linear_grpo_loss, linear_selective_log_softmax
 
@@ -39,6 +40,8 @@ class ObjectiveOptions:
     eps_high: float | None
     beta: float
     max_lengths: dict[str, int]
+    delta: float | None = None
+    external_gamma: float = 1.0
 
     @property
     def guided(self) -> bool:
@@ -96,23 +99,41 @@ class CoRLObjective(nn.Module):
             normalizer = totals.sequences[modality]
         elif options.loss_type == "dr_grpo":
             normalizer = totals.sequences[modality] * options.max_lengths[modality]
-        return linear_grpo_loss(
+        settings = {"cu_seqlens": rows.cu_seqlens, "bias": bias, "temperature": options.temperature}
+        settings |= {"normalizer": normalizer}
+        external = None if rows.external is None else rows.external.repeat_interleave(rows.cu_seqlens.diff().long())
+        own = linear_grpo_loss(
             hidden,
             weight,
             rows.targets,
             rows.advantages,
-            cu_seqlens=rows.cu_seqlens,
-            bias=bias,
+            mask=None if external is None else ~external,
             old_log_probs=rows.old_log_probs,
             ref_log_probs=rows.ref_log_probs,
-            temperature=options.temperature,
             beta=options.beta,
             eps_low=options.eps_low,
             eps_high=options.eps_high,
+            delta=options.delta,
             loss_type=options.loss_type,
             importance=options.importance,
-            normalizer=normalizer,
+            **settings,
         )
+        if external is None:
+            return own
+        data = linear_grpo_loss(
+            hidden,
+            weight,
+            rows.targets,
+            exploration_advantages(rows.advantages, rows.cu_seqlens, rows.old_log_probs, options.external_gamma),
+            mask=external,
+            old_log_probs=mixture_log_probs(rows.old_log_probs, len(weight)),
+            eps_low=None,
+            eps_high=None,
+            loss_type="dapo" if options.loss_type == "cispo" else options.loss_type,
+            **settings,
+        )
+        log_probs = torch.where(external, data.log_probs, own.log_probs)
+        return replace(own, loss=own.loss + data.loss, log_probs=log_probs)
 
 
 def head_inputs(policy: PackedModel, hidden: torch.Tensor, batch: PackedBatch, options: ObjectiveOptions):

@@ -96,6 +96,8 @@ def _sequences(rollout: Rollout, options: PackOptions) -> list[_Sequence]:
         lengths = rollout.texts.lengths.tolist()
         for row, tokens in enumerate(rollout.texts.tokens.tolist()):
             answer = tokens[: lengths[row]]
+            if not answer:  # none of its tokens is trained on
+                continue
             sequences.append(_Sequence(row, False, rollout.ask_ids[row // rollout.group_size], answer, answer[:-1]))
     return sequences
 
@@ -110,8 +112,10 @@ class _RowCollector:
         self.lengths: list[int] = []
         self.rows: list[int] = []
 
-    def build(self, advantages: torch.Tensor, sampled: torch.Tensor, device: torch.device) -> LossRows | None:
-        """`sampled` (n, L) are the captured log-probs of the modality."""
+    def build(
+        self, advantages: torch.Tensor, sampled: torch.Tensor, external: torch.Tensor | None, device: torch.device
+    ) -> LossRows | None:
+        """`sampled` (n, L) are the captured log-probs of the modality, `external` (n,) marks rows of the data."""
         if not self.rows:
             return None
         captured = [sampled[row, :length] for row, length in zip(self.rows, self.lengths, strict=True)]
@@ -122,6 +126,7 @@ class _RowCollector:
             advantages=advantages[torch.tensor(self.rows, device=advantages.device)].to(device),
             sampled_log_probs=torch.cat(captured).to(device),
             uncond_positions=torch.tensor(self.uncond_positions, device=device) if self.uncond_positions else None,
+            external=None if external is None else external[self.rows].to(device),
         )
 
 
@@ -215,8 +220,9 @@ def _pack(sequences: list[_Sequence], rollout: Rollout, advantages: torch.Tensor
     device = advantages.device
     # The captured log-probs of the distribution that is trained.
     drawn = rollout.images and (rollout.images.log_probs if options.guided else rollout.images.cond_log_probs)
+    external = rollout.external_rows() if rollout.num_external else None
     return builder.build(
-        images.build(advantages, drawn, device) if rollout.images else None,
-        texts.build(advantages, rollout.texts.log_probs, device) if rollout.texts else None,
+        images.build(advantages, drawn, external, device) if rollout.images else None,
+        texts.build(advantages, rollout.texts.log_probs, external, device) if rollout.texts else None,
         device,
     )

@@ -1,12 +1,20 @@
 """Loading and saving a policy in the transformers format."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoProcessor, JanusForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    PreTrainedConfig,
+)
 
 from fastcorl.errors import UserError
+from fastcorl.model.adapters import merged_state_dict, save_adapters
 from fastcorl.model.attention import IMPLEMENTATION
 from fastcorl.model.policy import Policy
 from fastcorl.model.prompts import PromptEncoder
@@ -19,23 +27,14 @@ def load_policy(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    question_template: str = "{question}",
+    templates: Mapping[str, str] | None = None,
     gradient_checkpointing: bool = False,
 ) -> Policy:
     """Load a Janus checkpoint: a folder or hub name, or "quickstart" for the one that is shipped.
 
     Raises UserError when there is no such checkpoint or it is not a Janus in the transformers format.
     """
-    source = QUICKSTART_WEIGHTS / "janus" if str(path) == "quickstart" else Path(path)
-    name = str(source) if source.exists() else str(path)
-    if not source.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):  # not a hub name
-        raise UserError(f"model.path: there is no folder {name!r}")
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: cannot load {str(path)!r}: {_first_line(error)}") from error
-    if config.model_type != "janus":
-        raise UserError(f"model.path: {str(path)!r} is a {config.model_type!r} model; expected 'janus'")
+    name, _ = resolve(path)
     try:
         processor = AutoProcessor.from_pretrained(name)
         janus, report = JanusForConditionalGeneration.from_pretrained(name, dtype=dtype, output_loading_info=True)
@@ -49,7 +48,7 @@ def load_policy(
     janus.model.language_model.set_attn_implementation(IMPLEMENTATION)
     if gradient_checkpointing:
         janus.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(janus, processor, PromptEncoder(processor, question_template=question_template))
+    policy = Policy(janus, processor, PromptEncoder(processor, templates=templates))
     # Dropout would make the trained distribution differ from the sampled one, so nothing is ever put in train mode,
     # except the flag that transformers asks for before it checkpoints a block.
     policy.eval()
@@ -61,9 +60,51 @@ def load_policy(
     return policy
 
 
+def resolve(path: str | Path) -> tuple[str, JanusConfig]:
+    """What `from_pretrained` is to be given for `path`, and the configuration found there. Raises UserError."""
+    source = QUICKSTART_WEIGHTS / "janus" if str(path) == "quickstart" else Path(path)
+    name = str(source) if source.exists() else str(path)
+    if not source.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):  # not a hub name
+        raise UserError(f"model.path: there is no folder {name!r}")
+    try:
+        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: cannot load {str(path)!r}: {_first_line(error)}") from error
+    if model_type == "multi_modality":
+        raise UserError(
+            f"model.path: {str(path)!r} is in the original layout; "
+            f"convert it once: fastcorl export --from {path} --out FOLDER"
+        )
+    if model_type != "janus":
+        raise UserError(f"model.path: {str(path)!r} is a {model_type!r} model; expected 'janus'")
+    return name, AutoConfig.from_pretrained(name)
+
+
+def empty_policy(config: JanusConfig, dtype: torch.dtype) -> Policy:
+    """A policy of this architecture that has shapes and no memory (the meta device), nor a tokenizer."""
+    with torch.device("meta"):
+        return Policy(JanusForConditionalGeneration._from_config(config, dtype=dtype), None, None)
+
+
+def load_encoder(path: str | Path, templates: Mapping[str, str] | None = None) -> PromptEncoder:
+    """The prompts of the checkpoint at `path`, without its weights. Raises UserError."""
+    name, _ = resolve(path)
+    try:
+        return PromptEncoder(AutoProcessor.from_pretrained(name), templates=templates)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: cannot load {str(path)!r}: {_first_line(error)}") from error
+
+
 def save_policy(policy: Policy, folder: str | Path) -> None:
-    """Write weights, configuration, processor and tokenizer so that transformers' `from_pretrained` reads them."""
-    policy.janus.save_pretrained(folder)
+    """Write weights, configuration, processor and tokenizer so that transformers' `from_pretrained` reads them.
+
+    Adapters are merged into the weights, and written to `folder`/adapter as peft reads them, for their start model.
+    """
+    if policy.has_adapters:
+        policy.janus.save_pretrained(folder, state_dict=merged_state_dict(policy.janus))
+        save_adapters(policy.janus, Path(folder) / "adapter")
+    else:
+        policy.janus.save_pretrained(folder)
     policy.processor.save_pretrained(folder)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import nn
 from transformers import JanusForConditionalGeneration, ProcessorMixin
 
+from fastcorl.model.adapters import adapted_layers, add_adapters, without_adapters
 from fastcorl.model.attention import AttentionContext, PackedAttention
 from fastcorl.model.projections import lay_side_by_side
 from fastcorl.model.prompts import PromptEncoder
@@ -17,8 +21,8 @@ from fastcorl.records import PackedBatch
 class Policy(nn.Module):
     """Janus seen as: embeddings -> backbone -> hidden states -> text head or image head.
 
-    Trained parts are the language backbone with its embedding and the text head; vision tower, aligners, VQ model,
-    generation embedding and generation head are frozen, as in the public CoRL code.
+    Trained parts are the language backbone with its embedding and the text head, or the backbone's adapters if it has
+    any; vision tower, aligners, VQ model, generation embedding and generation head are frozen, as in the public code.
     """
 
     def __init__(self, janus: JanusForConditionalGeneration, processor: ProcessorMixin, encoder: PromptEncoder):
@@ -31,8 +35,28 @@ class Policy(nn.Module):
     def freeze(self) -> None:
         """Set `requires_grad` of every parameter to what CoRL trains."""
         self.janus.requires_grad_(False)
-        self.janus.model.language_model.requires_grad_(True)
-        self.janus.lm_head.requires_grad_(True)
+        for _, parameter in self.trained_parameters():
+            parameter.requires_grad_(True)
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What CoRL trains, by name, whether it requires a gradient at present or not."""
+        adapters = self.has_adapters
+        for name, parameter in self.named_parameters():
+            if ".lora_" in name if adapters else name.startswith(("janus.model.language_model.", "janus.lm_head.")):
+                yield name, parameter
+
+    def add_adapters(self, *, rank: int, alpha: float, targets: Sequence[str]) -> None:
+        """Train LoRA adapters on `targets` of the backbone from now on, and nothing else."""
+        add_adapters(self.backbone, rank=rank, alpha=alpha, targets=targets)
+        self.freeze()
+
+    @property
+    def has_adapters(self) -> bool:
+        return bool(adapted_layers(self.backbone))
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        """A block in which the policy is what it was before it got adapters."""
+        return without_adapters(self.backbone)
 
     def lay_out(self) -> None:
         """Lay the weights that sampling reads as one side by side. Afterwards nothing may move the parameters."""
@@ -138,6 +162,16 @@ class Policy(nn.Module):
         """Normalised (n, 3, H, W) -> (n, T_vision, hidden), aligned with the text embeddings."""
         with torch.no_grad():
             return self.janus.model.get_image_features(pixel_values, return_dict=True).pooler_output
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(n, 3, H, W) in [0, 1], of the size that `decode_images` gives -> (n, T) codes."""
+        vq = self.janus.model.vqmodel
+        codebook = vq.quantize.embedding.weight
+        with torch.no_grad():
+            latents = vq.quant_conv(vq.encoder((pixels * 2 - 1).to(self.device, codebook.dtype)))
+            # Janus compares directions; transformers' own `encode` does not normalise and picks other codes.
+            latents = F.normalize(latents.flatten(2).transpose(1, 2).float(), dim=-1)
+            return (latents @ F.normalize(codebook.float(), dim=-1).t()).argmax(-1)
 
     def decode_images(self, codes: torch.Tensor) -> torch.Tensor:
         """(n, T) codes -> (n, 3, H, W) float32 in [0, 1]."""

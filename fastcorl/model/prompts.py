@@ -1,5 +1,7 @@
 """Token ids of what a policy is given: drawing prompts, questions about an image, the unconditional prompt."""
 
+from collections.abc import Mapping
+
 from transformers import ProcessorMixin
 
 
@@ -9,10 +11,11 @@ class PromptEncoder:
     Special token ids come from the tokenizer: they differ between Janus-Pro-1B and 7B.
     """
 
-    def __init__(self, processor: ProcessorMixin, *, question_template: str = "{question}"):
+    def __init__(self, processor: ProcessorMixin, *, templates: Mapping[str, str] | None = None):
+        """`templates`: text with {question} in it, by question type; a type without one is asked as it is."""
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.question_template = question_template
+        self.templates = dict(templates or {})
         ids = self.tokenizer.convert_tokens_to_ids
         self.bos_id: int = self.tokenizer.bos_token_id
         self.eos_id: int = self.tokenizer.eos_token_id
@@ -25,9 +28,9 @@ class PromptEncoder:
         text = self._chat([{"type": "text", "text": caption}]) + self.processor.image_start_token
         return self.tokenizer(text)["input_ids"]
 
-    def ask(self, question: str) -> list[int]:
+    def ask(self, question: str, question_type: str | None = None) -> list[int]:
         """Prompt of a question about one image, with one placeholder per image feature."""
-        question = self.question_template.format(question=question)
+        question = self.templates.get(question_type, "{question}").format(question=question)
         text = self._chat([{"type": "image"}, {"type": "text", "text": question}])
         return self.tokenizer(self._system_prompt() + self._expand_image(text))["input_ids"]
 

@@ -1,33 +1,64 @@
 """The bidirectional cycle reward of CoRL (arXiv 2505.17534, section 3.2): does the drawing lead back to the example?"""
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
 from fastcorl.records import Rollout
-from fastcorl.rewards.perceptual import PerceptualReward
-from fastcorl.rewards.scene_graph import CaptionReward
+from fastcorl.rewards.captions.captioner import Captioner
+from fastcorl.rewards.scaling import to_unit
 
 
-class CycleScores(NamedTuple):
-    """Each (n,) float32 in [0, 1]; `cycle` is the mean of the other two."""
+class CaptionSimilarity(Protocol):
+    """How alike captions are; more is better."""
 
-    cycle: torch.Tensor
-    perceptual: torch.Tensor
-    caption: torch.Tensor
+    @property
+    def range(self) -> tuple[float, float]:
+        """Least and greatest value."""
+        ...
+
+    def __call__(self, references: list[str], candidates: list[str]) -> Sequence[float]:
+        """One value per pair; NaN for a reference that says nothing."""
+        ...
+
+
+class CaptionReward:
+    """Similarity of a prompt's caption and a captioner's caption of the drawing; the mean of several similarities, each
+    mapped to [0, 1] first with `unit`."""
+
+    def __init__(self, captioner: Captioner, similarities: Sequence[CaptionSimilarity], *, unit: bool = True) -> None:
+        self.captioner = captioner
+        self.similarities = similarities
+        self.unit = unit
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout) -> torch.Tensor:
+        """-> (n,) float32."""
+        pixels = rollout.images.pixels
+        references = [rollout.prompt_of(row).caption for row in range(rollout.num_rows)]
+        candidates = self.captioner(pixels)
+        scores = []
+        for similarity in self.similarities:
+            values = torch.tensor(similarity(references, candidates), dtype=torch.float32)
+            scores.append(to_unit(values, similarity.range) if self.unit else values)
+        return torch.stack(scores).mean(0).to(pixels.device)
 
 
 class CycleReward:
-    """Mean of 1 - LPIPS(real, drawn) and SPICE(caption, BLIP(drawn)): the paper's sum, in [0, 1] as in its v3."""
+    """1 - LPIPS(real, drawn) and SPICE(caption, BLIP(drawn)): their sum, or with `halve` their mean."""
 
-    def __init__(self, perceptual: PerceptualReward, caption: CaptionReward) -> None:
-        self.perceptual = perceptual
-        self.caption = caption
+    def __init__(
+        self,
+        perceptual: Callable[[Rollout], torch.Tensor],
+        caption: Callable[[Rollout], torch.Tensor],
+        *,
+        halve: bool,
+    ) -> None:
+        self.perceptual, self.caption, self.halve = perceptual, caption, halve
 
-    def score(self, rollout: Rollout) -> CycleScores:
-        """The reward together with its two parts."""
+    def parts(self, rollout: Rollout) -> dict[str, torch.Tensor]:
+        """`cycle` and its halves `perceptual` and `caption`, each (n,) float32."""
         perceptual, caption = self.perceptual(rollout), self.caption(rollout)
-        return CycleScores((perceptual + caption) / 2, perceptual, caption)
-
-    def __call__(self, rollout: Rollout) -> torch.Tensor:
-        return self.score(rollout).cycle
+        total = perceptual + caption
+        return {"cycle": total / 2 if self.halve else total, "perceptual": perceptual, "caption": caption}

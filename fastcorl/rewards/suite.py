@@ -1,20 +1,19 @@
-"""All rewards of a run as one call: Rollout -> Scores."""
+"""All rewards of a stage as one call: Rollout -> Scores."""
 
-from collections.abc import Callable
-from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from fastcorl.config import RewardsConfig
-from fastcorl.plugins import load_object
+from fastcorl.config_rewards import ANSWER_REWARDS, RewardsConfig
 from fastcorl.records import Rollout, Scores
-from fastcorl.rewards.answers import AccuracyReward, FormatReward
-from fastcorl.rewards.captioner import BlipCaptioner
-from fastcorl.rewards.cycle import CycleReward
-from fastcorl.rewards.perceptual import PerceptualReward, VQFeatures
-from fastcorl.rewards.scene_graph import CaptionReward
+from fastcorl.rewards.answers.rules import AccuracyReward, FormatReward
+from fastcorl.rewards.captions.captioner import Captioner
+from fastcorl.rewards.cycle import CaptionReward, CycleReward
+from fastcorl.rewards.images.clip_score import ClipReward
+from fastcorl.rewards.images.perceptual import PerceptualReward, make_image_similarity
+from fastcorl.rewards.models import RewardModels
+from fastcorl.rewards.scaling import Reward, Scaled
 from fastcorl.rewards.tim import Matcher, TIMReward
 
 
@@ -26,69 +25,86 @@ class Policy(Protocol):
 
 
 class RewardSuite:
-    """R = R_cycle + R_TIM + answer_weight (R_acc + R_format) + extras, in CoRL's unified stage (section 3.3).
+    """R = R_cycle + R_TIM + answer_weight (R_acc + R_format) + extras, in CoRL's unified stage (section 3.3), each with
+    its own weight and scale.
 
-    A rollout of one modality only, as in the refined stages, is scored by that modality's rewards, unweighted.
-    The total is NaN where a reward with a nonzero weight could not be computed.
+    A rollout of one modality only, as in the refined stages, is scored by that modality's rewards, without
+    `answer_weight`. The total is NaN where a reward with a nonzero weight could not be computed.
     """
 
     def __init__(
-        self, config: RewardsConfig, policy: Policy, matcher: Matcher, *, captioner: BlipCaptioner | None = None
+        self,
+        config: RewardsConfig,
+        models: RewardModels,
+        policy: Policy,
+        matcher: Matcher,
+        *,
+        captioner: Captioner | None = None,
     ) -> None:
-        """Without `captioner` the configured one is loaded at the first drawing, so text stages need none."""
-        self.config = config
-        self.policy = policy
-        self.parse = load_object(config.caption_tuples, "rewards.caption_tuples")
-        self.extras = {name: load_object(name, "rewards.extra") for name in config.extra}
-        self.tim = TIMReward(matcher)
-        self.accuracy = AccuracyReward()
-        self.format = FormatReward()
-        self._captioner = captioner
-
-    @cached_property
-    def cycle(self) -> CycleReward:
-        encoder = self.policy.janus.model.vqmodel.encoder
-        captioner = self._captioner or BlipCaptioner.from_pretrained(
-            self.config.captioner, device=encoder.conv_in.weight.device
-        )
-        return CycleReward(PerceptualReward(VQFeatures(encoder)), CaptionReward(captioner, self.parse))
+        """`captioner` recaptions where `models` has none."""
+        self.config, self.models = config, models
+        self.cycle: CycleReward | None = None
+        self.drawing_rewards: dict[str, Reward] = {}
+        if models.caption_similarities:
+            similarity = models.image_similarity or make_image_similarity(
+                "vq", vq_encoder=policy.janus.model.vqmodel.encoder
+            )
+            caption = CaptionReward(
+                models.captioner or captioner,
+                models.caption_similarities,
+                unit=self._scaling("caption") == "unit",
+            )
+            self.cycle = CycleReward(
+                self._scaled("perceptual", PerceptualReward(similarity)),
+                caption,
+                halve=self._scaling("cycle") == "unit",
+            )
+        if config.weight("tim"):
+            self.drawing_rewards["tim"] = self._scaled("tim", TIMReward(matcher))
+        if models.clip is not None:
+            self.drawing_rewards["clip"] = self._scaled("clip", ClipReward(models.clip))
+        self.answer_rewards = {"accuracy": AccuracyReward(config.accuracy), "format": FormatReward()}
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Scores:
-        """Parts: cycle, perceptual, caption and tim of drawings, accuracy and format of texts, extras by name."""
+        """Parts: cycle, perceptual, caption, tim, clip of drawings, accuracy and format of texts, extras by name.
+
+        The user's functions run at the same time as the rest.
+        """
         if rollout.images is None and rollout.texts is None:
             raise ValueError("a rollout without images and texts cannot be scored")
+        users = self.models.users
+        users.start(rollout)
         parts: dict[str, torch.Tensor] = {}
-        weights: dict[str, float] = {}
         if rollout.images is not None:
-            parts |= self.cycle.score(rollout)._asdict()
-            parts["tim"] = self.tim(rollout)
-            weights |= {"cycle": 1.0, "tim": 1.0}
+            if self.cycle is not None:
+                parts |= self.cycle.parts(rollout)
+            parts |= {name: reward(rollout) for name, reward in self.drawing_rewards.items()}
         if rollout.texts is not None:
-            parts |= {"accuracy": self.accuracy(rollout), "format": self.format(rollout)}
-            weights |= dict.fromkeys(
-                ("accuracy", "format"), 1.0 if rollout.images is None else self.config.answer_weight
-            )
-        device = next(iter(parts.values())).device
-        parts |= {name: call_extra(name, function, rollout, device) for name, function in self.extras.items()}
-        weights |= self.config.extra
+            parts |= {name: reward(rollout) for name, reward in self.answer_rewards.items()}
+        samples = rollout.images or rollout.texts
+        device = samples.tokens.device
+        results = users.collect()
+        parts |= {name: result.values.to(device) for name, result in results.items()}
+        weights = {name: weight for name in parts if (weight := self._weight(name, unified=self._unified(rollout)))}
         total = torch.zeros(rollout.num_rows, dtype=torch.float32, device=device)
         for name, weight in weights.items():
-            # 0 * NaN is NaN: a reward that is only logged must not void a row
-            if weight:
-                total += weight * parts[name]
-        return Scores(total, parts)
+            total += weight * parts[name]
+        failures = {name: result.failure for name, result in results.items() if result.failure}
+        return Scores(total, parts, weights, failures)
 
+    @staticmethod
+    def _unified(rollout: Rollout) -> bool:
+        return rollout.images is not None and rollout.texts is not None
 
-def call_extra(name: str, function: Callable, rollout: Rollout, device: torch.device) -> torch.Tensor:
-    """A user's reward as (n,) float32: None and infinities become NaN, a wrong number of rows is a ValueError.
+    def _weight(self, name: str, *, unified: bool) -> float:
+        config = self.config
+        if name in config.extra or name in config.pairwise:
+            return (config.extra | config.pairwise)[name]
+        return config.weight(name) * (config.answer_weight if unified and name in ANSWER_REWARDS else 1.0)
 
-    Errors propagate: a failing reward must stop the run, not score 0.
-    """
-    values = function(rollout)
-    if not isinstance(values, torch.Tensor):
-        values = torch.tensor([float("nan") if value is None else float(value) for value in values])
-    if values.shape != (rollout.num_rows,):
-        raise ValueError(f"reward {name!r} returned shape {tuple(values.shape)} for {rollout.num_rows} rows")
-    values = values.detach().to(device, torch.float32)
-    return values.masked_fill(values.isinf(), torch.nan)
+    def _scaling(self, name: str) -> str:
+        return self.config.scaling_of.get(name, self.config.scaling)
+
+    def _scaled(self, name: str, reward: Reward) -> Reward:
+        return Scaled(reward) if self._scaling(name) == "unit" else reward

@@ -17,7 +17,7 @@ class Matcher(Protocol):
 
 
 def match_score(image_states: torch.Tensor, text_states: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
-    """Two-way best-match cosine of image (n, T, D) and text (n, L, D) states -> (n,) float32 in [0, 1].
+    """Two-way best-match cosine of image (n, T, D) and text (n, L, D) states -> (n,) float32 in [-1, 1].
 
     Text positions where `text_mask` (n, L) is False do not exist; a row without text is NaN.
     """
@@ -25,11 +25,13 @@ def match_score(image_states: torch.Tensor, text_states: torch.Tensor, text_mask
     image_to_text = cosine.masked_fill(~text_mask[:, None], -torch.inf).amax(dim=2).mean(dim=1)
     best_image = cosine.amax(dim=1).masked_fill(~text_mask, 0)
     text_to_image = best_image.sum(dim=1) / text_mask.sum(dim=1)
-    return ((image_to_text + text_to_image) / 2 + 1) / 2
+    return (image_to_text + text_to_image) / 2
 
 
 class TIMReward:
-    """`match_score` of a row's drawing and its prompt's caption, in [0, 1]."""
+    """`match_score` of a row's drawing and its prompt's caption."""
+
+    range = (-1.0, 1.0)
 
     def __init__(self, matcher: Matcher) -> None:
         self.matcher = matcher

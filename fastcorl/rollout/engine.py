@@ -96,7 +96,7 @@ class RolloutEngine:
         policy, encoder = self.policy, self.policy.encoder
         self._check_storage()
         draw_ids = [encoder.draw(prompt.caption) for prompt in prompts] if draw else []
-        ask_ids = [encoder.ask(prompt.question) for prompt in prompts] if answer else []
+        ask_ids = [encoder.ask(prompt.question, prompt.question_type) for prompt in prompts] if answer else []
         rows = len(prompts) * group_size
         guided = params.guidance != 1
         drawings = image_requests(prompts, draw_ids, group_size, seed, guided=guided)

@@ -28,6 +28,13 @@ class Distributed:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
         return (tensor / self.world_size if op == "mean" else tensor).tolist()
 
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over ranks, in its own memory."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world_size
+        return tensor
+
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank."""
         if self.world_size == 1:

@@ -18,29 +18,46 @@ class StepMetrics:
     def __init__(self, rollout: Rollout, scores: Scores, advantages: torch.Tensor):
         self._sums: dict[str, list[float]] = {}
         self._largest: dict[str, float] = {}
+        self._figures: dict[str, float] = {}
         self._loss, self._grad_norm, self._learning_rate = 0.0, 0.0, 0.0
+        sampled = ~rollout.external_rows().to(scores.total.device)
+        num_sampled = int(sampled.sum())
         self.tokens = 0  # sampled ones, whatever the packs share
-        self.images = 0 if rollout.images is None else rollout.num_rows
+        self.images = 0 if rollout.images is None else num_sampled
         for name, values in {"total": scores.total, **scores.parts}.items():
-            known = values[values.isfinite()]
-            self._add(f"reward/{name}", float(known.sum()), known.numel())
-        self._add("unscored_rows", float((~scores.total.isfinite()).sum()), len(scores.total))
+            self._add_reward(name, values.masked_fill(~sampled, torch.nan), rollout.group_size)
+        self._add("unscored_rows", float((~scores.total[sampled].isfinite()).sum()), num_sampled)
         groups = advantages.view(-1, rollout.group_size)
         self._add("flat_groups", float((groups == 0).all(1).sum()), len(groups))
+        self._add("failed_rewards", float(len(scores.failures)), 1)
         if rollout.images is not None:
-            self.tokens += rollout.images.tokens.numel()
-            gap = (rollout.images.log_probs - rollout.images.cond_log_probs).abs()
+            self.tokens += num_sampled * rollout.images.tokens.shape[1]
+            gap = (rollout.images.log_probs - rollout.images.cond_log_probs)[sampled].abs()
             self._add("guidance_gap", float(gap.sum()), gap.numel())
         if rollout.texts is not None:
-            self.tokens += int(rollout.texts.lengths.sum())
-            self._add("answer_tokens", float(rollout.texts.lengths.sum()), rollout.num_rows)
-            self._add("unfinished", float((~rollout.texts.finished).sum()), rollout.num_rows)
+            lengths = rollout.texts.lengths[sampled]
+            self.tokens += int(lengths.sum())
+            self._add("answer_tokens", float(lengths.sum()), num_sampled)
+            self._add("unfinished", float((~rollout.texts.finished[sampled]).sum()), num_sampled)
+
+    def _add_reward(self, name: str, values: torch.Tensor, group_size: int) -> None:
+        """Mean, range, share of rows without a value (of those sampled) and of groups whose values are all equal."""
+        known = values.isfinite()
+        self._add(f"reward/{name}", float(values[known].sum()), int(known.sum()))
+        groups, scored = values.view(-1, group_size), known.view(-1, group_size)
+        low = groups.masked_fill(~scored, torch.inf).amin(1)
+        high = groups.masked_fill(~scored, -torch.inf).amax(1)
+        # The least value is kept as the largest of the negatives; infinite where no row has a value.
+        self._largest |= {f"{name}/max": float(high.max()), f"{name}/min": -float(low.min())}
+        self._add(f"{name}/flat", float((~(high > low)).sum()), len(groups))
 
     def add(self, batch: PackedBatch, losses: dict, *, on_policy: bool) -> None:
         """Figures of one micro-batch: `losses` are its GRPOLoss by modality; `on_policy` before the first update."""
         for modality, result in losses.items():
             rows = getattr(batch, modality)
             count = len(rows.targets)
+            if rows.external is not None:
+                count = int(rows.cu_seqlens.diff()[~rows.external].sum())
             for name in TOKEN_MEANS:
                 value = getattr(result, name)
                 if value is not None:
@@ -51,7 +68,17 @@ class StepMetrics:
             if on_policy:
                 # How far the trained distribution is from the sampled one; 0 up to rounding when all is right.
                 gap = (result.log_probs - rows.sampled_log_probs).abs()
-                self._add(f"{modality}_mismatch", float(gap.sum()), count)
+                gap = gap[gap.isfinite()]  # rows of the data were not sampled
+                self._add(f"{modality}_mismatch", float(gap.sum()), gap.numel())
+
+    def add_drift(self, modality: str, change: torch.Tensor) -> None:
+        """`change` (R,) of log-probs since before the step's first update."""
+        change = change[change.isfinite()]
+        self._add(f"{modality}_drift", float(change.abs().sum()), change.numel())
+
+    def add_figures(self, figures: dict[str, float]) -> None:
+        """Figures that are the same on every rank."""
+        self._figures |= figures
 
     def add_update(self, loss: float, grad_norm: float, learning_rate: float) -> None:
         self._loss, self._grad_norm, self._learning_rate = loss, grad_norm, learning_rate
@@ -70,10 +97,12 @@ class StepMetrics:
         (loss,) = ranks.reduce([self._loss], "mean")
         order = sorted(self._largest)
         largest = dict(zip(order, ranks.reduce([self._largest[name] for name in order], "max"), strict=True))
+        largest |= {name: -value for name, value in largest.items() if name.endswith("/min")}
+        largest = {name: value if math.isfinite(value) else math.nan for name, value in largest.items()}
         kl = [means.pop(name) for name in ("image_kl", "text_kl") if name in means]
         metrics = {"loss": loss, **({"kl": sum(kl) / len(kl)} if kl else {})}
         metrics |= {name: value for name, value in means.items() if not name.startswith("reward/")} | largest
-        metrics |= {"grad_norm": self._grad_norm, "learning_rate": self._learning_rate}
+        metrics |= {"grad_norm": self._grad_norm, "learning_rate": self._learning_rate, **self._figures}
         return StepRecord(
             stage=stage,
             step=step,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastcorl.algorithm import gaussian_merge, merge_state_dicts
+from fastcorl.algorithm.merge import gaussian_merge, linear_merge, merge_state_dicts, ties_merge
 
 
 def test_an_example_by_hand():
@@ -79,3 +79,50 @@ def test_two_policies(policy):
     base = policy.janus.state_dict()
     merged = merge_state_dicts(base, base, base)
     assert all(torch.equal(tensor, merged[name]) for name, tensor in base.items())
+
+
+def test_linear_is_the_mean():
+    base, tuned = (
+        torch.zeros(3),
+        [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 2.0, 1.0]), torch.tensor([2.0, 2, 5])],
+    )
+    torch.testing.assert_close(linear_merge(base, *tuned), torch.tensor([2.0, 2.0, 3.0]))
+
+
+def test_ties_by_hand():
+    base = torch.tensor([10.0, 10.0, 10.0, 10.0])
+    first = torch.tensor([4.0, -3.0, 0.1, 0.0])
+    second = torch.tensor([2.0, 5.0, 0.0, 0.2])
+    # Half of each is kept: (4, -3) and (2, 5); signs elected +, +; the second entry keeps only the 5.
+    merged = ties_merge(base, base + first, base + second, density=0.5)
+    torch.testing.assert_close(merged, base + torch.tensor([3.0, 5.0, 0.0, 0.0]))
+    # All kept: the small ones stand alone, so count whole.
+    whole = ties_merge(base, base + first, base + second, density=1.0)
+    torch.testing.assert_close(whole, base + torch.tensor([3.0, 5.0, 0.1, 0.2]))
+
+
+def test_ties_agrees_with_pefts():
+    from peft.utils.merge_utils import ties as peft_ties
+
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(40, 30, generator=generator)
+    updates = [torch.randn(40, 30, generator=generator) for _ in range(3)]
+    merged = ties_merge(base, *(base + update for update in updates), density=0.3)
+    expected = base + peft_ties(updates, weights=torch.ones(3), density=0.3, majority_sign_method="total")
+    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_more_than_two_state_dicts(method):
+    base = {"weight": torch.zeros(4)}
+    tuned = [{"weight": torch.full((4,), value)} for value in (1.0, 2.0, 6.0)]
+    merged = merge_state_dicts(base, *tuned, method=method, density=1.0)
+    torch.testing.assert_close(merged["weight"], torch.full((4,), 3.0))
+    with pytest.raises(ValueError, match="takes two"):
+        merge_state_dicts(base, *tuned)
+
+
+def test_shapes_that_differ():
+    base = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    with pytest.raises(ValueError, match="first that differs: b"):
+        merge_state_dicts(base, base, {"a": torch.zeros(2), "b": torch.zeros(3)})

@@ -23,7 +23,7 @@ def hidden_states(policy, prompts):
 
 
 def test_what_was_saved_is_loaded(policy, saved, prompts):
-    loaded = load_policy(saved, question_template="{question}!")
+    loaded = load_policy(saved, templates={"MC": "{question}!"})
     for (name, ours), (other, theirs) in zip(
         policy.janus.state_dict().items(), loaded.janus.state_dict().items(), strict=True
     ):
@@ -33,9 +33,9 @@ def test_what_was_saved_is_loaded(policy, saved, prompts):
     assert not any(module.training for module in loaded.modules())
     for prompt in prompts:
         assert loaded.encoder.draw(prompt.caption) == policy.encoder.draw(prompt.caption)
-        assert loaded.encoder.ask(prompt.question) == policy.encoder.ask(prompt.question + "!")
+        assert loaded.encoder.ask(prompt.question, "MC") == policy.encoder.ask(prompt.question + "!")
         assert torch.equal(loaded.preprocess([prompt.image]), policy.preprocess([prompt.image]))
-    loaded.encoder.question_template = "{question}"
+    loaded.encoder.templates = {}
     with torch.no_grad():
         assert torch.equal(hidden_states(loaded, prompts), hidden_states(policy, prompts))
 

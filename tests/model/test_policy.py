@@ -38,3 +38,27 @@ def test_placeholders_and_features_must_match(policy, features):
     prompts = [policy.encoder.ask("what?")]
     with pytest.raises(ValueError, match="16 image placeholders for (0|32) image features"):
         pack_prompts(prompts, features, policy.encoder.image_id, policy.device)
+
+
+def test_images_are_encoded_by_the_nearest_direction(policy):
+    """Janus's own quantizer normalises latents and codes (janus/models/vq_model.py)."""
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    vq = policy.janus.model.vqmodel
+    with torch.no_grad():
+        latents = vq.quant_conv(vq.encoder(pixels * 2 - 1)).double()
+    codes = policy.encode_images(pixels)
+    assert codes.shape == (2, 16) and len(codes.unique()) > 2
+    for image in range(2):
+        for place in range(16):
+            latent = latents[image, :, place // 4, place % 4]
+            cosines = torch.nn.functional.cosine_similarity(latent[None], vq.quantize.embedding.weight.double())
+            assert int(cosines.argmax()) == int(codes[image, place])
+
+
+def test_the_shipped_models_own_drawings_are_encoded_back():
+    from fastcorl.model import load_policy
+
+    quickstart = load_policy("quickstart")
+    drawings = quickstart.decode_images(torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0)))
+    again = quickstart.decode_images(quickstart.encode_images(drawings))
+    assert float((again - drawings).abs().mean()) < 0.1 * float((drawings - drawings.roll(1, 0)).abs().mean()) + 0.05

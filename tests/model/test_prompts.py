@@ -49,11 +49,12 @@ def test_match_says_where_the_caption_stands(encoder, prompts):
         assert before[-NUM_IMAGE_TOKENS - 2 : -1] == [encoder.begin_image_id] + [encoder.image_id] * NUM_IMAGE_TOKENS
 
 
-def test_the_question_template():
-    encoder = PromptEncoder(make_processor(), question_template="{question} Answer with a letter.")
+def test_a_question_types_template():
+    encoder = PromptEncoder(make_processor(), templates={"MC": "{question} Answer with a letter."})
     plain = PromptEncoder(make_processor())
     # Braces in a question are text.
-    assert encoder.ask("is {this} it?") == plain.ask("is {this} it? Answer with a letter.")
+    assert encoder.ask("is {this} it?", "MC") == plain.ask("is {this} it? Answer with a letter.")
+    assert encoder.ask("is {this} it?", "OE") == plain.ask("is {this} it?")
 
 
 def test_special_ids_come_from_the_tokenizer(encoder):

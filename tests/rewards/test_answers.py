@@ -6,7 +6,8 @@ import torch
 from fastcorl.quickstart.scenes import make_scene
 from fastcorl.records import Prompt
 from fastcorl.rewards import AccuracyReward, FormatReward, extract_answer
-from fastcorl.rewards.answers import is_correct, is_well_formed, parse_options
+from fastcorl.rewards.answers.options import parse_options
+from fastcorl.rewards.answers.rules import accuracy, is_well_formed
 
 MC_QUESTION = "what digit is at top left?\nA. seven\nB. three\nC. two\nD. not a number"
 
@@ -92,7 +93,7 @@ def test_is_well_formed(text, expected):
 @pytest.mark.parametrize("solution", ["B", "b", "(B)", "B.", "three", "B. three"])
 def test_multiple_choice(answer, correct, solution):
     prompt = Prompt("0", "", None, MC_QUESTION, f"<answer>{solution}</answer>", "MC")
-    assert is_correct(f"<think>x</think><answer>{answer}</answer>", prompt) == correct
+    assert accuracy(f"<think>x</think><answer>{answer}</answer>", prompt) == correct
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_multiple_choice(answer, correct, solution):
 )
 def test_multiple_choice_corners(question, solution, answer, correct):
     prompt = Prompt("0", "", None, question, f"<answer>{solution}</answer>", "MC")
-    assert is_correct(f"<answer>{answer}</answer>", prompt) == correct
+    assert accuracy(f"<answer>{answer}</answer>", prompt) == correct
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_multiple_choice_corners(question, solution, answer, correct):
         ("three dogs", "3 dogs", 1),
         ("red", "reddish", 0),
         ("red and blue", "red", 0),  # upstream's Jaccard gives partial credit
-        ("a red car", "red car", 0),
+        ("a red car", "red car", 1),
         ("3", "4", 0),
         ("3.5", "35", 0),
         ("B", "B", 1),
@@ -136,28 +137,28 @@ def test_multiple_choice_corners(question, solution, answer, correct):
 )
 def test_open_ended(solution, answer, correct):
     prompt = Prompt("0", "", None, MC_QUESTION, f"<answer>{solution}</answer>", "OE")
-    assert is_correct(f"<think>x</think><answer>{answer}</answer>", prompt) == correct
+    assert accuracy(f"<think>x</think><answer>{answer}</answer>", prompt) == correct
 
 
 def test_open_ended_answers_are_not_mapped_through_options():
     prompt = Prompt("0", "", None, MC_QUESTION, "<answer>three</answer>", "OE")
-    assert is_correct("<answer>B</answer>", prompt) == 0
+    assert accuracy("<answer>B</answer>", prompt) == 0
 
 
 @pytest.mark.parametrize("kind", ["MC", "OE"])
 @pytest.mark.parametrize("text", ["B", "three", "<think>three</think>", "<answer>B", ""])
 def test_an_answer_without_tags_does_not_count(kind, text):
     solution = "B" if kind == "MC" else "three"
-    assert is_correct(text, Prompt("0", "", None, MC_QUESTION, f"<answer>{solution}</answer>", kind)) == 0
+    assert accuracy(text, Prompt("0", "", None, MC_QUESTION, f"<answer>{solution}</answer>", kind)) == 0
 
 
 def test_a_solution_without_an_answer_cannot_be_scored():
-    assert math.isnan(is_correct("<answer>B</answer>", Prompt("0", "", None, MC_QUESTION, "B", "MC")))
+    assert math.isnan(accuracy("<answer>B</answer>", Prompt("0", "", None, MC_QUESTION, "B", "MC")))
 
 
 def test_an_unknown_question_type_names_the_prompt():
     with pytest.raises(ValueError, match=r"prompt '17'.*'mcq'"):
-        is_correct("no answer", Prompt("17", "", None, "", "<answer>B</answer>", "mcq"))
+        accuracy("no answer", Prompt("17", "", None, "", "<answer>B</answer>", "mcq"))
 
 
 def test_options_are_lines():
@@ -170,7 +171,7 @@ def test_every_quickstart_solution_is_right_and_well_formed():
     for index in range(200):
         question = make_scene(0, index, "train").question
         prompt = Prompt("0", "", None, question.problem, question.solution, question.kind)
-        assert is_correct(question.solution, prompt) == 1
+        assert accuracy(question.solution, prompt) == 1
         assert is_well_formed(question.solution)
 
 

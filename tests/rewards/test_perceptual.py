@@ -3,9 +3,14 @@ import math
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from fastcorl.rewards import PerceptualReward, VQFeatures, lpips_distance
-from fastcorl.rewards.perceptual import to_pixels
+from fastcorl.errors import UserError
+from fastcorl.rewards.images.lpips_weights import NETWORKS
+from fastcorl.rewards.images.perceptual import PerceptualReward, make_image_similarity, to_pixels
+from fastcorl.rewards.images.vq import VQFeatures, VQSimilarity, lpips_distance
+
+KINDS = ("vq", "lpips_vgg", "lpips_alex", "ssim", "psnr", "mse", "rmse")
 
 
 def pyramid(seed, n=3):
@@ -82,12 +87,64 @@ def test_to_pixels_resizes_and_converts():
     assert torch.equal(pixels[1, :, 0, 0], torch.tensor([1.0, 0.0, 0.0]))
 
 
+@pytest.fixture(scope="module")
+def trunks(tmp_path_factory):
+    """Files of random weights, by kind."""
+    files = {}
+    for net, network in NETWORKS.items():
+        trunk = nn.Sequential(*network.make_layers())
+        for weight in trunk.parameters():
+            if weight.dim() == 4:
+                nn.init.kaiming_normal_(weight, nonlinearity="relu")
+        files[f"lpips_{net}"] = tmp_path_factory.mktemp("trunks") / f"{net}.pth"
+        torch.save({f"features.{name}": weight for name, weight in trunk.state_dict().items()}, files[f"lpips_{net}"])
+    return files
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_rewards_the_real_image_most(kind, encoder, trunks, make_rollout):
+    reward = PerceptualReward(make_image_similarity(kind, vq_encoder=encoder, trunk=trunks.get(kind)))
+    rollout = make_rollout(group_size=3)
+    real = to_pixels([prompt.image for prompt in rollout.prompts], (32, 32))
+    rollout.images.pixels[1] = real[0]
+    rollout.images.pixels[3] = (real[1] + 0.1 * torch.rand(3, 32, 32)).clamp(0, 1)
+    rollout.images.pixels[5] = torch.nan
+    values = reward(rollout)
+    low, high = reward.range
+    assert values.shape == (6,) and values.dtype == torch.float32
+    assert values.isnan().tolist() == [False] * 5 + [True]
+    assert values[1].item() == pytest.approx(high, abs=1e-5)
+    assert ((values[:5] >= low) & (values[:5] <= high + 1e-6)).all()
+    assert values[1] > values[3] > max(values[0], values[2], values[4])
+
+
+@pytest.mark.parametrize("kind", ["lpips_vgg", "lpips_alex"])
+def test_lpips_without_a_trunk(kind, encoder):
+    with pytest.raises(UserError, match=rf"rewards\.lpips_trunk: {kind} needs the weights of .*; give torchvision's"):
+        make_image_similarity(kind, vq_encoder=encoder)
+
+
+@pytest.mark.parametrize("kind", ["vgg", "lpips", "lpips_squeeze", "clip"])
+def test_unknown_kinds(kind, encoder):
+    with pytest.raises(ValueError, match=f"no image similarity {kind!r}"):
+        make_image_similarity(kind, vq_encoder=encoder)
+
+
+def test_vq_in_one_pass_is_the_distance_of_repeated_features(encoder, make_rollout):
+    rollout = make_rollout(group_size=4)
+    features = VQFeatures(encoder)
+    real = to_pixels([prompt.image for prompt in rollout.prompts], (32, 32))
+    targets = [layer.repeat_interleave(4, dim=0) for layer in features(real)]
+    expected = 1 - lpips_distance(features(rollout.images.pixels), targets)
+    assert torch.equal(PerceptualReward(make_image_similarity("vq", vq_encoder=encoder))(rollout), expected)
+
+
 @pytest.mark.parametrize("pixels_per_pass", [1, 4 * 32 * 32, 10**9])
 def test_reward_equals_row_by_row(encoder, make_rollout, pixels_per_pass):
     rollout = make_rollout(group_size=3)
     features = VQFeatures(encoder)
     rollout.images.pixels[1] = to_pixels([rollout.prompts[0].image], (32, 32))[0]
-    reward = PerceptualReward(features, pixels_per_pass)(rollout)
+    reward = PerceptualReward(VQSimilarity(features, pixels_per_pass))(rollout)
     for row in range(rollout.num_rows):
         real = to_pixels([rollout.prompt_of(row).image], (32, 32))
         distance = lpips_distance(features(rollout.images.pixels[row : row + 1]), features(real))
@@ -103,7 +160,7 @@ def test_each_real_image_is_converted_and_encoded_once(encoder, make_rollout, mo
     convert = Image.Image.convert
     monkeypatch.setattr(Image.Image, "convert", lambda self, mode: converted.append(self) or convert(self, mode))
     features = VQFeatures(encoder)
-    PerceptualReward(lambda pixels: encoded.append(len(pixels)) or features(pixels))(rollout)
+    PerceptualReward(VQSimilarity(lambda pixels: encoded.append(len(pixels)) or features(pixels)))(rollout)
     assert len(converted) == 2
     assert sorted(encoded) == [2, 6]
 
@@ -111,11 +168,11 @@ def test_each_real_image_is_converted_and_encoded_once(encoder, make_rollout, mo
 def test_a_drawing_that_is_not_a_number_is_a_nan(encoder, make_rollout):
     rollout = make_rollout()
     rollout.images.pixels[2] = torch.nan
-    assert PerceptualReward(VQFeatures(encoder))(rollout).isnan().tolist() == [False, False, True, False]
+    assert PerceptualReward(VQSimilarity(VQFeatures(encoder)))(rollout).isnan().tolist() == [False, False, True, False]
 
 
 def test_scores_can_take_part_in_a_gradient(encoder, make_rollout):
-    reward = PerceptualReward(VQFeatures(encoder))(make_rollout())
+    reward = PerceptualReward(VQSimilarity(VQFeatures(encoder)))(make_rollout())
     weight = torch.ones(4, requires_grad=True)
     (weight * reward).sum().backward()
     assert torch.equal(weight.grad, reward)

@@ -1,14 +1,10 @@
-import sys
-from types import ModuleType
-
 import pytest
 import torch
 
 from fastcorl.config import RewardsConfig
 from fastcorl.errors import UserError
 from fastcorl.records import Prompt
-from fastcorl.rewards import RewardSuite, TIMReward
-from fastcorl.rewards import captioner as captioner_module
+from fastcorl.rewards import RewardModels, RewardSuite, TIMReward, match_score
 
 ANSWERS = [
     "<think>one</think><answer>1</answer>",
@@ -19,16 +15,22 @@ ANSWERS = [
 ACCURACY, FORMAT = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0])
 
 
-@pytest.fixture
-def plugin(monkeypatch):
-    module = ModuleType("suite_plugin")
-    monkeypatch.setitem(sys.modules, "suite_plugin", module)
-    return module
+FUNCTIONS = "tests.rewards.suite_functions"
 
 
 @pytest.fixture
-def make_suite(policy, captioner):
-    return lambda **config: RewardSuite(RewardsConfig(**config), policy, policy, captioner=captioner)
+def make_suite(policy):
+    """Suites by their configuration; what they load is closed at the end."""
+    opened = []
+
+    def make(**settings):
+        config = RewardsConfig(**settings)
+        opened.append(RewardModels(config))
+        return RewardSuite(config, opened[-1], policy, policy)
+
+    yield make
+    for models in opened:
+        models.close()
 
 
 def test_unified_total(make_suite, make_rollout, policy):
@@ -38,7 +40,7 @@ def test_unified_total(make_suite, make_rollout, policy):
     assert set(parts) == {"cycle", "perceptual", "caption", "tim", "accuracy", "format"}
     assert torch.equal(parts["accuracy"], ACCURACY)
     assert torch.equal(parts["format"], FORMAT)
-    assert torch.equal(parts["tim"], TIMReward(policy)(rollout))
+    assert torch.equal(parts["tim"], (TIMReward(policy)(rollout) + 1) / 2)
     for row in range(4):
         part = {name: values[row].item() for name, values in parts.items()}
         expected = part["cycle"] + part["tim"] + 0.8 * (part["accuracy"] + part["format"])
@@ -58,16 +60,54 @@ def test_drawings_alone(make_suite, make_rollout):
 
 
 def test_texts_alone_are_unweighted_and_need_no_captioner(policy, make_rollout):
-    suite = RewardSuite(RewardsConfig(answer_weight=0.3, captioner="/nowhere"), policy, policy)
+    config = RewardsConfig(answer_weight=0.3, captioner="/nowhere")
+    suite = RewardSuite(config, RewardModels(config, draws=False), policy, policy)
     scores = suite(make_rollout(ANSWERS, images=False))
     assert set(scores.parts) == {"accuracy", "format"}
     assert torch.equal(scores.total, ACCURACY + FORMAT)
+    assert scores.weights == {"accuracy": 1.0, "format": 1.0}
 
 
-def test_a_missing_captioner_is_a_value_error_at_the_first_drawing(policy, make_rollout, monkeypatch, tmp_path):
-    monkeypatch.setattr(captioner_module, "QUICKSTART_FOLDER", tmp_path / "gone")
-    with pytest.raises(ValueError, match="no captioner at 'quickstart'"):
-        RewardSuite(RewardsConfig(), policy, policy)(make_rollout())
+def test_what_is_not_there_is_told_before_anything_is_scored():
+    with pytest.raises(UserError, match="rewards.captioner"):
+        RewardModels(RewardsConfig(captioner="/nowhere"))
+
+
+def test_weights_by_reward_and_the_weight_of_answers(make_suite, make_rollout):
+    weights = {"cycle": 0.5, "caption": 0.25, "tim": 0.0, "accuracy": 2.0, "format": 0.5}
+    scores = make_suite(weights=weights, answer_weight=0.8)(make_rollout(ANSWERS))
+    parts = scores.parts
+    assert set(parts) == {"cycle", "perceptual", "caption", "accuracy", "format"}
+    expected = 0.5 * parts["cycle"] + 0.25 * parts["caption"] + 1.6 * parts["accuracy"] + 0.4 * parts["format"]
+    torch.testing.assert_close(scores.total, expected)
+    assert scores.weights == pytest.approx({"cycle": 0.5, "caption": 0.25, "accuracy": 1.6, "format": 0.4})
+
+
+def test_raw_rewards_keep_their_ranges(make_suite, make_rollout, policy):
+    rollout = make_rollout()
+    unit, raw = make_suite()(rollout), make_suite(scaling="none")(rollout)
+    torch.testing.assert_close(raw.parts["tim"], 2 * unit.parts["tim"] - 1)
+    torch.testing.assert_close(raw.parts["cycle"], 2 * unit.parts["cycle"])
+    mixed = make_suite(scaling="none", scaling_of={"tim": "unit"})(rollout)
+    assert torch.equal(mixed.parts["tim"], unit.parts["tim"])
+    assert torch.equal(mixed.parts["cycle"], raw.parts["cycle"])
+    captions = [rollout.prompt_of(row).caption for row in range(4)]
+    assert torch.equal(raw.parts["tim"], match_score(*policy.match_states(rollout.images.pixels, captions)))
+
+
+@pytest.mark.parametrize("kind", ["ssim", "psnr", "mse", "rmse"])
+def test_pixel_similarities_are_the_image_half(make_suite, make_rollout, kind):
+    scores = make_suite(image_similarity=kind)(make_rollout())
+    perceptual = scores.parts["perceptual"]
+    assert ((perceptual >= 0) & (perceptual <= 1)).all() and perceptual.std() > 0
+
+
+@pytest.mark.parametrize("names", [["jaccard"], ["spice_py"], ["soft_jaccard", "jaccard", "tuples"]])
+def test_caption_similarities_are_the_text_half(make_suite, make_rollout, names):
+    rollout = make_rollout()
+    scores = make_suite(caption_similarity=names)(rollout)
+    single = [make_suite(caption_similarity=[name])(rollout).parts["caption"] for name in names]
+    torch.testing.assert_close(scores.parts["caption"], torch.stack(single).mean(0), equal_nan=True)
 
 
 def test_nothing_to_score_is_a_value_error(make_suite, make_rollout):
@@ -75,43 +115,39 @@ def test_nothing_to_score_is_a_value_error(make_suite, make_rollout):
         make_suite()(make_rollout(images=False))
 
 
-def test_extras_are_weighted_and_none_is_nan(make_suite, make_rollout, plugin):
-    plugin.brevity = lambda rollout: [1, None, 0.5, float("inf")]
-    plugin.tensor = lambda rollout: torch.arange(rollout.num_rows)
-    extra = {"suite_plugin:brevity": 2.0, "suite_plugin:tensor": -1.0}
-    rollout = make_rollout(ANSWERS, images=False)
-    scores = make_suite(extra=extra)(rollout)
+def test_extras_are_weighted_and_none_is_nan(make_suite, make_rollout):
+    scores = make_suite(extra={f"{FUNCTIONS}:half": 2.0, f"{FUNCTIONS}:first_unscored": -1.0})(
+        make_rollout(ANSWERS, images=False)
+    )
     nan = float("nan")
-    brevity = torch.tensor([1.0, nan, 0.5, nan])
-    torch.testing.assert_close(scores.parts["suite_plugin:brevity"], brevity, equal_nan=True)
-    expected = ACCURACY + FORMAT + 2 * brevity - torch.arange(4)
-    torch.testing.assert_close(scores.total, expected, equal_nan=True)
+    torch.testing.assert_close(scores.parts[f"{FUNCTIONS}:half"], torch.full((4,), 0.5))
+    unscored = torch.tensor([nan, 1.0, 1.0, 1.0])
+    torch.testing.assert_close(scores.parts[f"{FUNCTIONS}:first_unscored"], unscored, equal_nan=True)
+    torch.testing.assert_close(scores.total, ACCURACY + FORMAT + 1.0 - unscored, equal_nan=True)
+    assert not scores.failures
 
 
-def test_an_extra_of_weight_0_is_only_logged(make_suite, make_rollout, plugin):
-    plugin.nothing = lambda rollout: [None] * rollout.num_rows
-    scores = make_suite(extra={"suite_plugin:nothing": 0.0})(make_rollout(ANSWERS, images=False))
-    assert scores.parts["suite_plugin:nothing"].isnan().all()
+def test_an_extra_that_fails_voids_its_rows_and_is_told(make_suite, make_rollout):
+    scores = make_suite(extra={f"{FUNCTIONS}:broken": 1.0})(make_rollout(ANSWERS, images=False))
+    assert scores.total.isnan().all()
+    assert "ZeroDivisionError" in scores.failures[f"{FUNCTIONS}:broken"]
+
+
+def test_an_extra_of_weight_0_is_only_logged(make_suite, make_rollout):
+    scores = make_suite(extra={f"{FUNCTIONS}:broken": 0.0})(make_rollout(ANSWERS, images=False))
+    assert scores.parts[f"{FUNCTIONS}:broken"].isnan().all()
     assert torch.equal(scores.total, ACCURACY + FORMAT)
 
 
-@pytest.mark.parametrize("values", [[], [1.0], [1.0] * 5, torch.ones(4, 1)])
-def test_an_extra_of_the_wrong_length_is_named(make_suite, make_rollout, plugin, values):
-    plugin.short = lambda rollout: values
-    with pytest.raises(ValueError, match=r"'suite_plugin:short' returned shape .* for 4 rows"):
-        make_suite(extra={"suite_plugin:short": 1.0})(make_rollout(ANSWERS, images=False))
+def test_a_judge_of_pairs_is_a_reward(make_suite, make_rollout):
+    scores = make_suite(pairwise={f"{FUNCTIONS}:longer_wins": 1.0})(make_rollout(ANSWERS, images=False))
+    assert scores.parts[f"{FUNCTIONS}:longer_wins"].tolist() == [1.0, 0.0, 1.0, 0.0]
 
 
-def test_an_error_in_an_extra_propagates(make_suite, make_rollout, plugin):
-    plugin.broken = lambda rollout: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        make_suite(extra={"suite_plugin:broken": 1.0})(make_rollout(ANSWERS, images=False))
-
-
-@pytest.mark.parametrize("config", [{"extra": {"suite_plugin:none": 1.0}}, {"caption_tuples": "suite_plugin:none"}])
-def test_bad_names_fail_when_the_suite_is_built(make_suite, plugin, config):
+@pytest.mark.parametrize("config", [{"extra": {f"{FUNCTIONS}:none": 1.0}}, {"caption_tuples": f"{FUNCTIONS}:none"}])
+def test_bad_names_fail_when_the_models_are_loaded(config):
     with pytest.raises(UserError, match="has no 'none'"):
-        make_suite(**config)
+        RewardModels(RewardsConfig(**config))
 
 
 def test_rows_that_cannot_be_scored_are_nan_alone(make_suite, make_rollout):

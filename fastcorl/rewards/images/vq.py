@@ -1,17 +1,14 @@
 """Perceptual distance in LPIPS's form (Zhang et al. 2018, eq. 1), over the features of the policy's own VQ encoder.
 
 The encoder is frozen, so the distance means the same thing throughout training and needs no further network.
-Shape legend: n rows, P prompts, G group size, C channels of a layer.
 """
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from PIL.Image import Image, Resampling
 from torch import nn
 
-from fastcorl.records import Rollout
+from fastcorl.rewards.images.groups import PIXELS_PER_PASS, compare_groups
 
 
 def lpips_distance(
@@ -57,31 +54,27 @@ class VQFeatures:
         return [*features, encoder.mid(hidden)]
 
 
-def to_pixels(images: Sequence[Image], size: tuple[int, int]) -> torch.Tensor:
-    """PIL images -> (P, 3, H, W) float32 in [0, 1], each resized to `size` = (H, W)."""
-    height, width = size
-    arrays = [np.asarray(image.convert("RGB").resize((width, height), Resampling.BICUBIC)) for image in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+class VQSimilarity:
+    """1 - `lpips_distance` on the VQ encoder's features: an `ImageSimilarity` in [0, 1]."""
 
+    range = (0.0, 1.0)
 
-class PerceptualReward:
-    """1 - distance between a row's drawing and its prompt's real image, in [0, 1]."""
-
-    def __init__(self, features: VQFeatures, pixels_per_pass: int = 16 * 384 * 384) -> None:
+    def __init__(self, features: VQFeatures, pixels_per_pass: int = PIXELS_PER_PASS) -> None:
         """`pixels_per_pass` bounds the memory: Janus-Pro's maps take about 0.15 GiB per drawing of 384 x 384."""
         self.features = features
         self.pixels_per_pass = pixels_per_pass
 
     @torch.no_grad()
-    def __call__(self, rollout: Rollout) -> torch.Tensor:
-        drawn, group = rollout.images.pixels, rollout.group_size
-        real = to_pixels([prompt.image for prompt in rollout.prompts], drawn.shape[-2:]).to(drawn.device)
-        prompts_per_pass = max(1, self.pixels_per_pass // (drawn.shape[-2] * drawn.shape[-1] * group))
-        distances = [
-            lpips_distance(
-                self.features(rows),
-                [layer.repeat_interleave(group, dim=0) for layer in self.features(targets)],
-            )
-            for rows, targets in zip(drawn.split(prompts_per_pass * group), real.split(prompts_per_pass), strict=True)
-        ]
-        return 1 - torch.cat(distances)
+    def __call__(self, drawn: torch.Tensor, real: torch.Tensor, group_size: int) -> torch.Tensor:
+        return 1 - compare_groups(
+            drawn,
+            real,
+            group_size,
+            describe=self.features,
+            compare=self._distance,
+            pixels_per_pass=self.pixels_per_pass,
+        )
+
+    def _distance(self, rows: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
+        repeats = len(rows) // len(targets[0])
+        return lpips_distance(self.features(rows), [layer.repeat_interleave(repeats, dim=0) for layer in targets])

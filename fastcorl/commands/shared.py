@@ -1,0 +1,82 @@
+"""What the commands have in common: models, sampling flags and progress."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from fastcorl.errors import UserError
+
+
+def sampling_params(command, **settings: float):
+    """The command's flags as sampling parameters."""
+    from fastcorl.rollout import SamplingParams
+
+    for name in ("num", "max_rows"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    try:
+        return SamplingParams(command.temperature, top_k=command.top_k, top_p=command.top_p, **settings)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def sample(command, policy, prompt, params, what: str, total: int | None, **kind: bool):
+    """A rollout of one prompt, with a progress bar; limits are named as the command's flags."""
+    from fastcorl.rollout import RolloutEngine
+
+    engine = RolloutEngine(policy, max_rows=command.max_rows)
+    try:
+        with progress_bar(what, total) as progress:
+            return engine.generate([prompt], command.num, params, seed=command.seed, progress=progress, **kind)
+    except UserError as error:
+        message = (
+            str(error).replace("rollout.max_rows", "--max-rows").replace("rollout.max_new_tokens", "--max-new-tokens")
+        )
+        raise UserError(message) from error
+
+
+@contextmanager
+def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar with tokens per second on a terminal, and one line of the same at the end. Yields what is told the tokens
+    sampled so far; `total` None is unknown."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens, {task.fields[rate]:.0f}/s"),
+        TimeElapsedColumn(),
+    )
+    start, sampled = time.perf_counter(), 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, rate=0.0)
+
+        def tell(tokens: int) -> None:
+            nonlocal sampled
+            sampled = tokens
+            bar.update(task, completed=tokens, rate=tokens / (time.perf_counter() - start))
+
+        yield tell
+    seconds = time.perf_counter() - start
+    print(f"{what}: {sampled} tokens in {seconds:.1f} s, {sampled / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+def load(model: str, device: str, *, templates: dict[str, str] | None = None):
+    import torch
+    from transformers.utils import logging
+
+    from fastcorl.model import load_policy
+
+    logging.disable_progress_bar()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    try:
+        return load_policy(model, dtype=dtype, device=device, templates=templates)
+    except UserError as error:
+        raise UserError(str(error).replace("model.path", "--model")) from error

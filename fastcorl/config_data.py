@@ -1,0 +1,63 @@
+"""What a run is told about its data."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from fastcorl.config_base import Fraction, PositiveInt, Section
+
+COLUMNS = ("prompt", "real_image", "qa_problem", "qa_solution", "qa_type")
+OPTIONAL_COLUMNS = ("pair_similarity",)
+QUESTION_TYPES = ("MC", "OE")
+
+
+def check_columns(columns: dict[str, str]) -> dict[str, str]:
+    """`columns` if its keys are names of ours."""
+    for name in columns:
+        if name not in (*COLUMNS, *OPTIONAL_COLUMNS):
+            raise ValueError(f"{name!r} is none of our columns ({', '.join((*COLUMNS, *OPTIONAL_COLUMNS))})")
+    return columns
+
+
+class DataConfig(Section):
+    train: str = "fastcorl.quickstart.data:train"
+    """Training rows: `module:function`, a data set of the hub (owner/name), or local parquet, jsonl, a saved data set
+    or a folder of images."""
+    held_out: str | None = "fastcorl.quickstart.data:held_out"
+    """Rows for evaluation, in the same forms; null keeps `held_out_rows` of the training rows for it."""
+    held_out_rows: PositiveInt = 256
+    """With held_out null: rows that no stage trains on."""
+    split: str = "train"
+    """Split of a data set of the hub."""
+    revision: str | None = None
+    """Commit or tag of a data set of the hub."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Renames: our column (prompt, real_image, qa_problem, qa_solution, qa_type, pair_similarity) to the data set's."""
+    templates: dict[str, str] = Field(default_factory=dict)
+    """Text put around a question, by its type (MC, OE); must contain {question}."""
+    streaming: bool = False
+    """Read training rows as they are needed instead of before the run."""
+    shuffle_buffer: PositiveInt = 1000
+    """Rows that streaming draws the next one from."""
+    check_rows: Literal["all", "used"] = "all"
+    """Look at every row before the run, or at each when it is taken, as streaming always does."""
+    max_bad_fraction: Fraction = 0.01
+    """Bad rows are left out and listed in bad_rows.jsonl; more of them than this fraction stop the run."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longest caption or question, image features included, in tokens."""
+
+    _columns_are_ours = field_validator("columns")(check_columns)
+
+    @field_validator("templates")
+    @classmethod
+    def _templates_have_a_place(cls, templates: dict[str, str]) -> dict[str, str]:
+        for kind, template in templates.items():
+            if kind not in QUESTION_TYPES:
+                raise ValueError(f"{kind!r} is no question type ({', '.join(QUESTION_TYPES)})")
+            try:
+                filled = template.format(question="\0")
+            except (LookupError, ValueError):
+                raise ValueError(f"{kind}: must have no braces but those of {{question}}") from None
+            if "\0" not in filled:
+                raise ValueError(f"{kind}: must contain {{question}}")
+        return templates

@@ -1,0 +1,127 @@
+"""What a run will hold on each GPU, from a model that has shapes and no memory (the meta device)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastcorl.config import Config, StageConfig
+from fastcorl.model import Policy
+from fastcorl_kernels.chunking import workspace_rows
+
+GIB = 2**30
+STAGES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one rank does at once: `images` drawings and `texts` answers, to prompts of `prompt_tokens` tokens."""
+
+    prompts: int
+    images: int
+    texts: int
+    image_tokens: int
+    text_tokens: int
+    prompt_tokens: int
+    guided: bool
+    pack_tokens: int
+
+
+def workload(config: Config, stage: StageConfig, policy: Policy, world_size: int, prompt_tokens: int) -> Workload:
+    """The workload of a rank in `stage`; `prompt_tokens` is the length of a long prompt."""
+    prompts = -(-stage.prompts_per_step // world_size)
+    rows = prompts * (stage.group_size or config.algorithm.group_size)
+    draws, answers = stage.task in ("unified", "alternate", "t2i"), stage.task != "t2i"
+    sampled = (policy.num_image_tokens if draws else 0, config.rollout.max_new_tokens if answers else 0)
+    trained = rows * (sum(sampled)) + prompts * prompt_tokens
+    return Workload(
+        prompts,
+        rows if draws else 0,
+        rows if answers else 0,
+        *sampled,
+        prompt_tokens,
+        config.rollout.guidance != 1,
+        min(config.packing.tokens, trained),
+    )
+
+
+def estimate(
+    config: Config, policy: Policy, work: Workload, *, world_size: int, reference: bool
+) -> dict[str, list[float]]:
+    """GiB per GPU by what holds it, one figure per ZeRO stage 0 to 3. Reward models and fragmentation come on top."""
+    element = policy.dtype.itemsize
+    whole = sum(weight.numel() for weight in policy.parameters()) * element
+    trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+    rows: dict[str, list[float]] = {}
+    # Under ZeRO 3 sampling uses a whole copy beside the shards.
+    rows["weights"] = [whole, whole, whole, whole / world_size + whole]
+    rows["gradients"] = [trained * element / (world_size if stage >= 2 else 1) for stage in STAGES]
+    # Both of Adam's moments; of 16-bit weights also float32 copies of them and, at the update, of their gradients.
+    state = 8 if element == 4 and world_size == 1 else 16
+    rows["optimizer"] = [trained * state / (world_size if stage >= 1 else 1) for stage in STAGES]
+    copies = reference and not policy.has_adapters and config.algorithm.reference == "keep"
+    rows["reference"] = [whole if copies else 0.0] * 4
+    rows["KV cache"] = [cache_tokens(config, work) * cache_bytes_per_token(policy)] * 4
+    rows["activations"] = [activation_bytes(policy, work.pack_tokens, config.model.gradient_checkpointing)] * 4
+    rows["logits"] = [logits_bytes(policy, work)] * 4
+    table = {name: [value / GIB for value in values] for name, values in rows.items()}
+    table["total"] = [sum(values[stage] for values in table.values()) for stage in STAGES]
+    return table
+
+
+def cache_tokens(config: Config, work: Workload) -> int:
+    """Tokens in the KV cache at once: each prompt once, each row's own tokens, the limits of the configuration."""
+    copies = 2 if work.guided else 1
+    rows, own = copies * work.images + work.texts, copies * work.images * work.image_tokens
+    own += work.texts * work.text_tokens
+    if config.rollout.max_rows is not None and rows > config.rollout.max_rows:
+        own = own * config.rollout.max_rows // rows
+    kinds = (work.images > 0) + (work.texts > 0)
+    tokens = own + work.prompts * work.prompt_tokens * kinds
+    return min(tokens, config.rollout.kv_cache_tokens or tokens)
+
+
+def cache_bytes_per_token(policy: Policy) -> int:
+    """Keys and values of one token in all layers."""
+    text = policy.backbone.config
+    head_dim = policy.backbone.layers[0].self_attn.head_dim
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * policy.dtype.itemsize
+
+
+def activation_bytes(policy: Policy, tokens: int, checkpointing: bool) -> int:
+    """What backward keeps of the backbone for `tokens` packed positions: counted on one block run without memory."""
+    layers, width = policy.backbone.config.num_hidden_layers, policy.backbone.config.hidden_size
+    one = block_bytes_per_token(policy) * tokens
+    return layers * tokens * width * policy.dtype.itemsize + one if checkpointing else layers * one
+
+
+def block_bytes_per_token(policy: Policy) -> int:
+    """Bytes per position that autograd saves in one block, parameters left out."""
+    # Few positions: without memory attention keeps its scores, tokens x tokens, which the kernels that train do not.
+    block, tokens = policy.backbone.layers[0], 8
+    hidden = torch.empty(1, tokens, policy.backbone.config.hidden_size, dtype=policy.dtype, device="meta")
+    positions = torch.arange(tokens, device="meta")[None]
+    weights = {weight.untyped_storage()._cdata for weight in block.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        cos_sin = policy.backbone.rotary_emb(hidden, positions)
+        block(hidden.requires_grad_(), position_embeddings=cos_sin, attention_mask=None)
+    return sum(storage.nbytes() for storage in saved.values()) // tokens
+
+
+def logits_bytes(policy: Policy, work: Workload) -> int:
+    """The larger head's workspace, and the float32 gradient of a trained text head."""
+    chunks = []
+    sampled = ((work.images * work.image_tokens, policy.image_head), (work.texts * work.text_tokens, policy.text_head))
+    for rows, head in sampled:
+        if rows:
+            trained = head.weight.requires_grad
+            chunk = workspace_rows(len(head.weight), min(rows, work.pack_tokens), trained) * len(head.weight)
+            chunks.append(chunk * policy.dtype.itemsize + (4 * head.weight.numel() if trained else 0))
+    return max(chunks, default=0)

@@ -1,0 +1,104 @@
+"""A Janus of about 20 million random weights, with Janus-Pro's special tokens, image geometry and files."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusProcessor,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+from fastcorl.model.loading import QUICKSTART_WEIGHTS
+from fastcorl.quickstart.warm_start.architecture import CHAT_TEMPLATE, IMAGE, TAGS, generation_config
+
+IMAGE_SIZE, PATCH_SIZE = 384, 16
+NUM_IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
+HIDDEN_SIZE, VISION_SIZE, CODEBOOK_SIZE = 256, 192, 16384
+VOCABULARY_SIZE = 1024
+
+
+def make_processor(texts: Sequence[str]) -> JanusProcessor:
+    """The processor, its tokenizer learnt on `texts`."""
+    image_processor = JanusImageProcessorPil(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, min_size=14, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return JanusProcessor(
+        image_processor,
+        _make_tokenizer(texts),
+        chat_template=CHAT_TEMPLATE,
+        use_default_system_prompt=True,
+        num_image_tokens=NUM_IMAGE_TOKENS,
+    )
+
+
+def _make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with the special tokens of the quickstart's, which are Janus-Pro's."""
+    pattern = AutoTokenizer.from_pretrained(QUICKSTART_WEIGHTS / "janus")
+    tokenizer = pattern.train_new_from_iterator([list(texts)], VOCABULARY_SIZE, show_progress=False)
+    tokenizer.add_tokens(TAGS)  # Janus-Pro spells them in pieces, of which random answers would seldom make a whole
+    return tokenizer
+
+
+def janus_config(tokenizer: PreTrainedTokenizerFast) -> JanusConfig:
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=704,
+        num_hidden_layers=10,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=16384,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    vision = JanusVisionConfig(
+        hidden_size=VISION_SIZE,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        num_image_tokens=NUM_IMAGE_TOKENS,
+        projection_dim=HIDDEN_SIZE,
+    )
+    vq = JanusVQVAEConfig(
+        embed_dim=8,
+        num_embeddings=CODEBOOK_SIZE,
+        latent_channels=64,
+        base_channels=32,
+        channel_multiplier=[1, 1, 2, 2, 4],
+        num_res_blocks=1,
+        num_patches=IMAGE_SIZE // PATCH_SIZE,
+        projection_dim=HIDDEN_SIZE,
+        image_token_embed_dim=HIDDEN_SIZE,
+    )
+    return JanusConfig(
+        text_config=text,
+        vision_config=vision,
+        vq_config=vq,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        tie_word_embeddings=False,
+    )
+
+
+@torch.no_grad()
+def make_janus(processor: JanusProcessor, seed: int) -> JanusForConditionalGeneration:
+    """Random weights whose outputs depend on their inputs: layers keep the size of what passes through them, which
+    transformers' initial weights do not."""
+    torch.manual_seed(seed)
+    janus = JanusForConditionalGeneration(janus_config(processor.tokenizer)).eval()
+    janus.generation_config = generation_config(processor.tokenizer)
+    for module in janus.modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.normal_()
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            module.weight.normal_(0, module.weight[0].numel() ** -0.5)
+    return janus

@@ -1,0 +1,1 @@
+"""Captions of drawings, and how alike two captions are."""

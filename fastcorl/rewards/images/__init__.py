@@ -1,0 +1,1 @@
+"""How alike images are, and an image and its caption."""

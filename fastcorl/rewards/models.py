@@ -1,0 +1,78 @@
+"""What the rewards of a run load, once for all its stages: networks, the scene-graph parser, the user's functions."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from fastcorl.config_rewards import RewardsConfig
+from fastcorl.plugins import load_object
+from fastcorl.rewards.captions.bertscore import BertScore, SentenceSimilarity
+from fastcorl.rewards.captions.captioner import BlipCaptioner
+from fastcorl.rewards.captions.jaccard import jaccard, soft_jaccard
+from fastcorl.rewards.captions.scene_graph import TupleSimilarity
+from fastcorl.rewards.captions.spice import Spice
+from fastcorl.rewards.captions.spice_py import SpicePy
+from fastcorl.rewards.cycle import CaptionSimilarity
+from fastcorl.rewards.images.clip_score import ClipScore
+from fastcorl.rewards.images.groups import ImageSimilarity
+from fastcorl.rewards.images.perceptual import make_image_similarity
+from fastcorl.rewards.users.rewards import UserRewards
+
+POLICY = "policy"
+
+
+class RewardModels:
+    """Raises UserError for whatever the configuration names and is not there.
+
+    `captioner` is None where the policy recaptions; `image_similarity` is None where it is the policy's own VQ encoder.
+    """
+
+    def __init__(self, config: RewardsConfig, device: torch.device | str = "cpu", *, draws: bool = True) -> None:
+        """`draws`: whether any stage draws; the models that judge drawings are loaded only then."""
+        self.captioner: BlipCaptioner | None = None
+        self.image_similarity: ImageSimilarity | None = None
+        self.caption_similarities: list[CaptionSimilarity] = []
+        self.clip: ClipScore | None = None
+        if draws:
+            if any(config.weight(name) for name in ("cycle", "perceptual", "caption")):
+                self._load_cycle(config, device)
+            if config.weight("clip"):
+                self.clip = ClipScore(config.clip, device)
+        self.users = UserRewards(config.extra, config.pairwise, timeout=config.timeout)
+
+    def _load_cycle(self, config: RewardsConfig, device: torch.device | str) -> None:
+        if config.captioner != POLICY:
+            self.captioner = BlipCaptioner.from_pretrained(config.captioner, device=device)
+        if config.image_similarity != "vq":
+            self.image_similarity = make_image_similarity(
+                config.image_similarity,
+                vq_encoder=None,
+                trunk=config.lpips_trunk,
+                heads=config.lpips_heads,
+                device=device,
+            )
+        makers: dict[str, Callable[[], CaptionSimilarity]] = {
+            "tuples": lambda: TupleSimilarity(load_object(config.caption_tuples, "rewards.caption_tuples")),
+            "spice": partial(Spice, config.spice_folder),
+            "spice_py": SpicePy,
+            "bertscore": lambda: BertScore(config.bert, config.bert_layer, device),
+            "sentence": lambda: SentenceSimilarity(config.sentence_encoder, device),
+            "jaccard": lambda: jaccard,
+            "soft_jaccard": lambda: soft_jaccard,
+        }
+        self.caption_similarities = [makers[name]() for name in config.caption_similarity]
+
+    def caption_problem(self, caption: str) -> str | None:
+        """Why a drawing of `caption` could never be scored: no tuples are found in it."""
+        for similarity in self.caption_similarities:
+            if isinstance(similarity, TupleSimilarity) and not similarity.parse(caption):
+                return f"rewards.caption_tuples finds nothing in {caption[:60]!r}"
+        return None
+
+    def close(self) -> None:
+        """End the processes of the user's rewards and of SPICE."""
+        self.users.close()
+        for similarity in self.caption_similarities:
+            if isinstance(similarity, Spice):
+                similarity.close()

@@ -1,0 +1,191 @@
+"""The data of a run: what is held out, what each stage trains on, and what is wrong with rows."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fastcorl.config import Config, StageConfig
+from fastcorl.data import (
+    BadRow,
+    MapPrompts,
+    Needs,
+    PromptCheck,
+    PromptData,
+    PromptLengths,
+    PromptSource,
+    Quarantine,
+    Rows,
+    RowStream,
+    StreamPrompts,
+    check_rows,
+    hold_out,
+    hold_out_of_stream,
+    load_rows,
+    open_stream,
+)
+from fastcorl.data.sampler import check_world
+from fastcorl.errors import UserError
+from fastcorl.model import Policy
+from fastcorl.records import Prompt
+from fastcorl.runtime.distributed import Distributed
+from fastcorl.tasks import TASKS
+
+
+class RunData:
+    """Raises UserError for data that cannot be read, or too much of which is bad; collective calls throughout.
+
+    Rows are looked at once per source. Bad ones are left out; `write_bad_rows` says where they are listed.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        stages: dict[str, StageConfig],
+        policy: Policy,
+        caption_problem: Callable[[str], str | None],
+        ranks: Distributed,
+    ):
+        """`caption_problem` tells what the rewards cannot do with a caption."""
+        self.config, self.policy, self.ranks = config, policy, ranks
+        self.caption_problem = caption_problem
+        self.trained = {name: stage for name, stage in stages.items() if stage.task != "merge"}
+        self.quarantines: dict[str, Quarantine] = {}
+        self.lengths: list[PromptLengths] = []
+        self._sources: dict[tuple, tuple[Rows | RowStream, Quarantine, PromptCheck]] = {}
+        self._held: dict[tuple, tuple[Sequence[Prompt], frozenset[str]]] = {}
+        for name, stage in self.trained.items():
+            check_world(name, stage.prompts_per_step, ranks.world_size)
+        for name, stage in self.trained.items():
+            self.prompts(name, stage).check(ranks.world_size)
+        self.held_out = self._held_out()
+        self._check_longest()
+
+    def prompts(self, name: str, stage: StageConfig) -> PromptSource:
+        """What `stage` trains on, in the order of its steps."""
+        config, types = self.config, TASKS[stage.task].question_types
+        rows, quarantine, check = self._open(stage)
+        excluded = self._reserved(stage)[1] if self._holds_out(stage) else frozenset()
+        common = {"seed": config.seed, "stage": name, "prompts_per_step": stage.prompts_per_step, "types": types}
+        common |= {"quarantine": quarantine, "exclude": excluded | quarantine.left_out}
+        if isinstance(rows, Rows):
+            looked_at = config.data.check_rows == "all"
+            return MapPrompts(rows, **common, check_prompt=None if looked_at else check)
+        return StreamPrompts(rows, **common, check_prompt=check, shuffle_buffer=config.data.shuffle_buffer)
+
+    def held_out_prompts(self, most: int) -> list[Prompt]:
+        """The first `most` held-out prompts, or as many as there are."""
+        return [self.held_out[index] for index in range(min(most, len(self.held_out)))]
+
+    def notes(self) -> list[str]:
+        """What a user should hear about the rows."""
+        counts = [len(quarantine.bad) for quarantine in self.quarantines.values()]
+        return [f"{sum(counts)} bad rows are left out, see bad_rows.jsonl"] if any(counts) else []
+
+    def write_bad_rows(self, path: Path) -> None:
+        """List bad rows in `path`, those found so far and those still to be met by this rank."""
+        for quarantine in self.quarantines.values():
+            quarantine.write_to(path)
+
+    def _key(self, stage: StageConfig) -> tuple:
+        data = self.config.data
+        columns = data.columns if stage.columns is None else stage.columns
+        return stage.data or data.train, tuple(sorted(columns.items()))
+
+    def _needs(self, key: tuple) -> Needs:
+        """What any stage that reads this source needs of it."""
+        needs = Needs(draw=False, answer=False)
+        for stage in self._readers(key):
+            needs |= Needs(TASKS[stage.task].draws, TASKS[stage.task].answers)
+        return needs
+
+    def _readers(self, key: tuple) -> list[StageConfig]:
+        return [stage for stage in self.trained.values() if self._key(stage) == key]
+
+    def _question_type(self, key: tuple) -> str | None:
+        """The type of questions where rows do not say it: the one that all stages of the source ask for."""
+        tasks = {stage.task for stage in self._readers(key)} - {"t2i"}
+        return {("mc",): "MC", ("oe",): "OE"}.get(tuple(tasks))
+
+    def _open(self, stage: StageConfig) -> tuple[Rows | RowStream, Quarantine, PromptCheck]:
+        data, key = self.config.data, self._key(stage)
+        if key not in self._sources:
+            source, columns = key[0], dict(key[1])
+            options = {"split": data.split, "revision": data.revision, "needs": self._needs(key)}
+            options["question_type"] = self._question_type(key)
+            open_rows = open_stream if data.streaming else load_rows
+            rows = open_rows(source, columns, "data.train", **options)
+            if self.config.algorithm.pair_similarity and "pair_similarity" not in rows.schema.names:
+                raise UserError(f"{rows.source}: algorithm.pair_similarity needs a column pair_similarity")
+            self._sources[key] = self._looked_at(rows, str(key), options["needs"], check=data.check_rows == "all")
+        return self._sources[key]
+
+    def _looked_at(
+        self, rows: Rows | RowStream, name: str, needs: Needs, *, check: bool
+    ) -> tuple[Rows | RowStream, Quarantine, PromptCheck]:
+        """The rows with their quarantine; with `check` every row of a table is looked at, the work shared by ranks."""
+        quarantine = self.quarantines.setdefault(name, Quarantine(self.config.data.max_bad_fraction))
+        lengths = PromptLengths(self.policy.encoder, self.config.data.max_prompt_tokens, needs)
+        self.lengths.append(lengths)
+
+        def problem(prompt: Prompt) -> tuple[str, str] | None:
+            found = lengths(prompt)
+            reason = self.caption_problem(prompt.caption) if needs.draw and found is None else None
+            return ("prompt", reason) if reason else found
+
+        if check and isinstance(rows, Rows):
+            mine = range(self.ranks.rank, len(rows), self.ranks.world_size)
+            found: list[list[BadRow]] = self.ranks.gather(check_rows(rows, mine, problem))
+            quarantine.record(sorted((bad for part in found for bad in part), key=lambda bad: int(bad.row)), len(rows))
+        return rows, quarantine, problem
+
+    def _holds_out(self, stage: StageConfig) -> bool:
+        """Whether the held-out rows are some of this stage's."""
+        return self.config.data.held_out is None and self._key(stage) == self._key(self._first())
+
+    def _first(self) -> StageConfig:
+        return next(iter(self.trained.values()))
+
+    def _reserved(self, stage: StageConfig) -> tuple[Sequence[Prompt], frozenset[str]]:
+        key, data = self._key(stage), self.config.data
+        if key not in self._held:
+            rows, quarantine, check = self._open(stage)
+            if isinstance(rows, Rows):
+                unseen = quarantine if data.check_rows == "used" else None
+                self._held[key] = hold_out(
+                    rows, data.held_out_rows, quarantine.left_out, quarantine=unseen, check_prompt=check
+                )
+            else:
+                self._held[key] = hold_out_of_stream(rows, data.held_out_rows, data.shuffle_buffer, quarantine, check)
+        return self._held[key]
+
+    def _held_out(self) -> Sequence[Prompt]:
+        data = self.config.data
+        if data.held_out is None:
+            if not self.trained:
+                raise UserError("data.held_out: must be given for a run that trains no stage")
+            return self._reserved(self._first())[0]
+        needs = Needs(draw=self.config.evaluation.scorer is not None, answer=True)
+        options = {"split": data.split, "revision": data.revision, "needs": needs}
+        rows = load_rows(data.held_out, data.columns, "data.held_out", **options)
+        _, quarantine, _ = self._looked_at(rows, "data.held_out", needs, check=True)
+        return PromptData(rows).without(quarantine.left_out)
+
+    def _check_longest(self) -> None:
+        """No sequence over the model's context or a pack; of rows that are not looked at yet, the limit counts."""
+        config, policy = self.config, self.policy
+        limit = config.data.max_prompt_tokens
+        seen = config.data.check_rows == "all" and not config.data.streaming
+        caption = max(lengths.longest_caption for lengths in self.lengths) if seen else limit
+        question = max(lengths.longest_question for lengths in self.lengths) if seen else limit
+        caption, question = self.ranks.reduce([float(caption), float(question)], "max")
+        drawing = int(caption) + policy.num_image_tokens
+        answer = int(question) + config.rollout.max_new_tokens
+        context = policy.janus.config.text_config.max_position_embeddings
+        if max(drawing, answer) > context:
+            raise UserError(
+                f"the longest prompts with {policy.num_image_tokens} image tokens or rollout.max_new_tokens "
+                f"{config.rollout.max_new_tokens} make {max(drawing, answer)} tokens; the model's context is {context}"
+            )
+        guided = config.algorithm.policy_logits != "cond" and config.rollout.guidance != 1
+        needed = max(2 * drawing if guided else drawing, answer)
+        if needed > config.packing.tokens:
+            raise UserError(f"packing.tokens {config.packing.tokens} must hold the longest sequence, {needed} tokens")

@@ -2,7 +2,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: install quickstart test check bench bench-gpu
+.PHONY: install quickstart rehearsal test check bench bench-gpu
 
 install: .venv/.installed
 
@@ -16,6 +16,14 @@ quickstart: install
 	PATH="$(CURDIR)/$(BIN):$$PATH"; \
 	if [ -x $(BIN)/deepspeed ]; then run="deepspeed --num_gpus 1"; else run=python; fi; \
 	$$run fastcorl/train.py --config configs/quickstart.yaml $(ARGS)
+
+# The path of configs/janus_pro_1b on a CPU and without downloads: two ranks of one thread, models of random weights.
+rehearsal: export OMP_NUM_THREADS = 1
+rehearsal: install
+	$(BIN)/python -m fastcorl.rehearsal --out runs/rehearsal_files
+	PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	if [ -x $(BIN)/deepspeed ]; then run="deepspeed --num_gpus 2"; else run=python; fi; \
+	$$run fastcorl/train.py --config configs/rehearsal.yaml $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)

@@ -19,6 +19,20 @@ def check_columns(columns: dict[str, str]) -> dict[str, str]:
     return columns
 
 
+def check_templates(templates: dict[str, str]) -> dict[str, str]:
+    """`templates` if each is of a question type and has a place for the question."""
+    for kind, template in templates.items():
+        if kind not in QUESTION_TYPES:
+            raise ValueError(f"{kind!r} is no question type ({', '.join(QUESTION_TYPES)})")
+        try:
+            filled = template.format(question="\0")
+        except (LookupError, ValueError):
+            raise ValueError(f"{kind}: must have no braces but those of {{question}}") from None
+        if "\0" not in filled:
+            raise ValueError(f"{kind}: must contain {{question}}")
+    return templates
+
+
 class DataConfig(Section):
     train: str = "fastcorl.quickstart.data:train"
     """Training rows: `module:function`, a data set of the hub (owner/name), or local parquet, jsonl, a saved data set
@@ -48,16 +62,4 @@ class DataConfig(Section):
 
     _columns_are_ours = field_validator("columns")(check_columns)
 
-    @field_validator("templates")
-    @classmethod
-    def _templates_have_a_place(cls, templates: dict[str, str]) -> dict[str, str]:
-        for kind, template in templates.items():
-            if kind not in QUESTION_TYPES:
-                raise ValueError(f"{kind!r} is no question type ({', '.join(QUESTION_TYPES)})")
-            try:
-                filled = template.format(question="\0")
-            except (LookupError, ValueError):
-                raise ValueError(f"{kind}: must have no braces but those of {{question}}") from None
-            if "\0" not in filled:
-                raise ValueError(f"{kind}: must contain {{question}}")
-        return templates
+    _templates_have_a_place = field_validator("templates")(check_templates)

@@ -68,6 +68,8 @@ class RewardsConfig(Section):
     """Judges of two rows of a group by `module:function`, with weights; a row's reward is how often it wins."""
     timeout: Positive = 60.0
     """Seconds that a reward of `extra` or `pairwise` may take per step."""
+    extra_on_gpu: bool = False
+    """Let the processes of `extra` and `pairwise` see their rank's GPU."""
 
     @field_validator("weights", "scaling_of")
     @classmethod

@@ -1,6 +1,7 @@
 """Held-out scores of both abilities: drawings by an independent scorer, answers by exact match of the tagged answer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -25,21 +26,40 @@ def evaluate(
 ) -> dict[str, float]:
     """One drawing and one answer per prompt, sampled as in training; every score is a fraction in [0, 1].
 
-    Scores: the scorer's own; `accuracy` over all answers, `mc` and `oe` by question type, `format`. The prompts are
-    shared out among the ranks; the same dictionary is returned on every rank.
+    Without `scorer` nothing is drawn; prompts without a question are not answered. Scores: the scorer's own; `accuracy`
+    over all answers, `mc` and `oe` by question type, `format`, and `unfinished`, the answers cut at the limit. The
+    prompts are shared out among the ranks; the same dictionary is returned on every rank.
     """
     mine = prompts[ranks.rank :: ranks.world_size]
     parts = [mine[start : start + PROMPTS_AT_ONCE] for start in range(0, len(mine), PROMPTS_AT_ONCE)]
-    rollouts = [engine.generate(part, 1, params, draw=scorer is not None, seed=seed) for part in parts]
-    results = ranks.gather([_compact(rollout, scorer is not None) for rollout in rollouts])
     captions, pixels, answers = [], [], []
-    for rank_results in results:
-        for part_captions, part_pixels, part_answers in rank_results:
-            captions += part_captions
-            pixels.append(part_pixels)
-            answers += part_answers
-    scores = scorer(captions, torch.cat(pixels).float() / 255) if scorer is not None else {}
-    return scores | _answer_scores(answers)
+    for part in parts:
+        for rollout in _rollouts(engine, part, params, seed, draw=scorer is not None):
+            if rollout.images is not None:
+                captions += [prompt.caption for prompt in rollout.prompts]
+                pixels.append((rollout.images.pixels * 255).round().byte().cpu())
+            if rollout.texts is not None:
+                answers += _answers(rollout)
+    gathered = ranks.gather((captions, torch.cat(pixels) if pixels else None, answers))
+    scores = {}
+    if scorer is not None:
+        drawn = torch.cat([found for _, found, _ in gathered if found is not None])
+        scores |= scorer([caption for found, _, _ in gathered for caption in found], drawn.float() / 255)
+    return scores | _answer_scores([answer for _, _, found in gathered for answer in found])
+
+
+def _rollouts(
+    engine: RolloutEngine, prompts: Sequence[Prompt], params: SamplingParams, seed: object, *, draw: bool
+) -> Iterator[Rollout]:
+    """One call for all where each has a question, which is faster; else drawings and answers apart."""
+    asked = [prompt for prompt in prompts if prompt.question_type]
+    if len(asked) == len(prompts) or (not asked and draw):
+        yield engine.generate(prompts, 1, params, draw=draw, answer=bool(asked), seed=seed)
+        return
+    if draw:
+        yield engine.generate(prompts, 1, params, answer=False, seed=seed)
+    if asked:
+        yield engine.generate(asked, 1, params, draw=False, seed=seed)
 
 
 def drawing_reward(
@@ -60,22 +80,29 @@ def drawing_reward(
     return total / count if count else 0.0
 
 
-def _compact(rollout: Rollout, drawn: bool) -> tuple[list[str], torch.Tensor | None, list[tuple[str, float, float]]]:
-    """What the scores need of a rollout, small enough to gather over ranks."""
-    pixels = (rollout.images.pixels * 255).round().byte().cpu() if drawn else None
+class _Answer(NamedTuple):
+    question_type: str
+    correct: float
+    tagged: float
+    cut: float
+
+
+def _answers(rollout: Rollout) -> list[_Answer]:
     types = [prompt.question_type for prompt in rollout.prompts]
-    correct, tagged = AccuracyReward()(rollout).tolist(), FormatReward()(rollout).tolist()
-    return [prompt.caption for prompt in rollout.prompts], pixels, list(zip(types, correct, tagged, strict=True))
+    cut = (~rollout.texts.finished).float().tolist()
+    scores = AccuracyReward()(rollout).tolist(), FormatReward()(rollout).tolist(), cut
+    return [_Answer(*answer) for answer in zip(types, *scores, strict=True)]
 
 
-def _answer_scores(answers: list[tuple[str, float, float]]) -> dict[str, float]:
+def _answer_scores(answers: list[_Answer]) -> dict[str, float]:
     def mean(values: list[float]) -> float | None:
         return sum(values) / len(values) if values else None
 
     scores = {
-        "accuracy": mean([correct for _, correct, _ in answers]),
-        "mc": mean([correct for kind, correct, _ in answers if kind == "MC"]),
-        "oe": mean([correct for kind, correct, _ in answers if kind == "OE"]),
-        "format": mean([tagged for _, _, tagged in answers]),
+        "accuracy": mean([answer.correct for answer in answers]),
+        "mc": mean([answer.correct for answer in answers if answer.question_type == "MC"]),
+        "oe": mean([answer.correct for answer in answers if answer.question_type == "OE"]),
+        "format": mean([answer.tagged for answer in answers]),
+        "unfinished": mean([answer.cut for answer in answers]),
     }
     return {name: value for name, value in scores.items() if value is not None}

@@ -9,7 +9,6 @@ from fastcorl.data import (
     MapPrompts,
     Needs,
     PromptCheck,
-    PromptData,
     PromptLengths,
     PromptSource,
     Quarantine,
@@ -17,6 +16,8 @@ from fastcorl.data import (
     RowStream,
     StreamPrompts,
     check_rows,
+    evaluation_order,
+    examine,
     hold_out,
     hold_out_of_stream,
     load_rows,
@@ -62,8 +63,9 @@ class RunData:
     def prompts(self, name: str, stage: StageConfig) -> PromptSource:
         """What `stage` trains on, in the order of its steps."""
         config, types = self.config, TASKS[stage.task].question_types
-        rows, quarantine, check = self._open(stage)
-        excluded = self._reserved(stage)[1] if self._holds_out(stage) else frozenset()
+        key = self._key(stage)
+        rows, quarantine, check = self._open(key)
+        excluded = self._reserved(key)[1] if config.data.held_out is None and key == self._first() else frozenset()
         common = {"seed": config.seed, "stage": name, "prompts_per_step": stage.prompts_per_step, "types": types}
         common |= {"quarantine": quarantine, "exclude": excluded | quarantine.left_out}
         if isinstance(rows, Rows):
@@ -85,17 +87,18 @@ class RunData:
         for quarantine in self.quarantines.values():
             quarantine.write_to(path)
 
-    def _key(self, stage: StageConfig) -> tuple:
+    def _key(self, stage: StageConfig | None = None) -> tuple:
+        """A source and its columns: a stage's, or those of the section data."""
         data = self.config.data
-        columns = data.columns if stage.columns is None else stage.columns
-        return stage.data or data.train, tuple(sorted(columns.items()))
+        columns = data.columns if stage is None or stage.columns is None else stage.columns
+        return (stage and stage.data) or data.train, tuple(sorted(columns.items()))
 
     def _needs(self, key: tuple) -> Needs:
-        """What any stage that reads this source needs of it."""
-        needs = Needs(draw=False, answer=False)
-        for stage in self._readers(key):
-            needs |= Needs(TASKS[stage.task].draws, TASKS[stage.task].answers)
-        return needs
+        """What any stage that reads this source needs of it; of one that none reads, what evaluation does."""
+        readers = [TASKS[stage.task] for stage in self._readers(key)]
+        if not readers:
+            return Needs(draw=self.config.evaluation.scorer is not None, answer=True)
+        return Needs(any(task.draws for task in readers), any(task.answers for task in readers))
 
     def _readers(self, key: tuple) -> list[StageConfig]:
         return [stage for stage in self.trained.values() if self._key(stage) == key]
@@ -105,8 +108,8 @@ class RunData:
         tasks = {stage.task for stage in self._readers(key)} - {"t2i"}
         return {("mc",): "MC", ("oe",): "OE"}.get(tuple(tasks))
 
-    def _open(self, stage: StageConfig) -> tuple[Rows | RowStream, Quarantine, PromptCheck]:
-        data, key = self.config.data, self._key(stage)
+    def _open(self, key: tuple) -> tuple[Rows | RowStream, Quarantine, PromptCheck]:
+        data = self.config.data
         if key not in self._sources:
             source, columns = key[0], dict(key[1])
             options = {"split": data.split, "revision": data.revision, "needs": self._needs(key)}
@@ -115,13 +118,18 @@ class RunData:
             rows = open_rows(source, columns, "data.train", **options)
             if self.config.algorithm.pair_similarity and "pair_similarity" not in rows.schema.names:
                 raise UserError(f"{rows.source}: algorithm.pair_similarity needs a column pair_similarity")
-            self._sources[key] = self._looked_at(rows, str(key), options["needs"], check=data.check_rows == "all")
+            quarantine, problem = self._checks(str(key), options["needs"])
+            # Rows that are only held out are looked at when they are taken.
+            if isinstance(rows, Rows) and data.check_rows == "all" and self._readers(key):
+                mine = range(self.ranks.rank, len(rows), self.ranks.world_size)
+                found: list[list[BadRow]] = self.ranks.gather(check_rows(rows, mine, problem))
+                bad = sorted((bad for part in found for bad in part), key=lambda bad: int(bad.row))
+                quarantine.record(bad, len(rows))
+            self._sources[key] = rows, quarantine, problem
         return self._sources[key]
 
-    def _looked_at(
-        self, rows: Rows | RowStream, name: str, needs: Needs, *, check: bool
-    ) -> tuple[Rows | RowStream, Quarantine, PromptCheck]:
-        """The rows with their quarantine; with `check` every row of a table is looked at, the work shared by ranks."""
+    def _checks(self, name: str, needs: Needs) -> tuple[Quarantine, PromptCheck]:
+        """Where bad rows of a source go, and what else makes a row bad."""
         quarantine = self.quarantines.setdefault(name, Quarantine(self.config.data.max_bad_fraction))
         lengths = PromptLengths(self.policy.encoder, self.config.data.max_prompt_tokens, needs)
         self.lengths.append(lengths)
@@ -131,25 +139,18 @@ class RunData:
             reason = self.caption_problem(prompt.caption) if needs.draw and found is None else None
             return ("prompt", reason) if reason else found
 
-        if check and isinstance(rows, Rows):
-            mine = range(self.ranks.rank, len(rows), self.ranks.world_size)
-            found: list[list[BadRow]] = self.ranks.gather(check_rows(rows, mine, problem))
-            quarantine.record(sorted((bad for part in found for bad in part), key=lambda bad: int(bad.row)), len(rows))
-        return rows, quarantine, problem
+        return quarantine, problem
 
-    def _holds_out(self, stage: StageConfig) -> bool:
-        """Whether the held-out rows are some of this stage's."""
-        return self.config.data.held_out is None and self._key(stage) == self._key(self._first())
+    def _first(self) -> tuple:
+        """The source that held-out rows are taken from: the first stage's."""
+        return self._key(next(iter(self.trained.values()), None))
 
-    def _first(self) -> StageConfig:
-        return next(iter(self.trained.values()))
-
-    def _reserved(self, stage: StageConfig) -> tuple[Sequence[Prompt], frozenset[str]]:
-        key, data = self._key(stage), self.config.data
+    def _reserved(self, key: tuple) -> tuple[Sequence[Prompt], frozenset[str]]:
         if key not in self._held:
-            rows, quarantine, check = self._open(stage)
+            data = self.config.data
+            rows, quarantine, check = self._open(key)
             if isinstance(rows, Rows):
-                unseen = quarantine if data.check_rows == "used" else None
+                unseen = quarantine if data.check_rows == "used" or not self._readers(key) else None
                 self._held[key] = hold_out(
                     rows, data.held_out_rows, quarantine.left_out, quarantine=unseen, check_prompt=check
                 )
@@ -158,16 +159,22 @@ class RunData:
         return self._held[key]
 
     def _held_out(self) -> Sequence[Prompt]:
-        data = self.config.data
+        """As many prompts as an evaluation takes."""
+        data, most = self.config.data, self.config.evaluation.num_prompts
         if data.held_out is None:
-            if not self.trained:
-                raise UserError("data.held_out: must be given for a run that trains no stage")
             return self._reserved(self._first())[0]
         needs = Needs(draw=self.config.evaluation.scorer is not None, answer=True)
         options = {"split": data.split, "revision": data.revision, "needs": needs}
         rows = load_rows(data.held_out, data.columns, "data.held_out", **options)
-        _, quarantine, _ = self._looked_at(rows, "data.held_out", needs, check=True)
-        return PromptData(rows).without(quarantine.left_out)
+        quarantine, problem = self._checks("data.held_out", needs)
+        good: list[Prompt] = []
+        bad: list[BadRow] = []
+        for read in examine(rows.numbered(evaluation_order(rows)), rows.schema, problem):
+            (bad if isinstance(read, BadRow) else good).append(read)
+            if len(good) == most:
+                break
+        quarantine.record(bad, len(good) + len(bad))
+        return good
 
     def _check_longest(self) -> None:
         """No sequence over the model's context or a pack; of rows that are not looked at yet, the limit counts."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
+from fastcorl.commands.shared import check_flag
+from fastcorl.config_data import check_columns
 from fastcorl.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class Doctor:
     def run(self) -> None:
         if self.data is None:
             raise UserError("doctor: nothing to look at; give --data")
+        check_flag("--columns", check_columns, self.columns)
         if self.max_rows is not None and self.max_rows < 1:
             raise UserError(f"--max-rows {self.max_rows}: must be at least 1")
         if not 0 <= self.max_bad_fraction <= 1:

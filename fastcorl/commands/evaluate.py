@@ -3,15 +3,18 @@
 import json
 import sys
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fastcorl.commands.shared import load
+from fastcorl.commands.shared import check_flag, load, writable_file
+from fastcorl.config_data import check_columns, check_templates
 from fastcorl.errors import UserError
 
 if TYPE_CHECKING:
     from fastcorl.records import Prompt
+
+QUICKSTART_ROWS = "fastcorl.quickstart.data:held_out"
+QUICKSTART_SCORER = "fastcorl.quickstart.scorer:Scorer"
 
 
 @dataclass
@@ -20,18 +23,22 @@ class Evaluate:
 
     model: list[str] = field(default_factory=lambda: ["quickstart"])
     """Folders or hub names of Janus models in the transformers format."""
-    data: str = "fastcorl.quickstart.data:held_out"
+    data: str = QUICKSTART_ROWS
     """Rows, in any form that data.train takes."""
     columns: dict[str, str] = field(default_factory=dict)
     """Renames, in pairs: our column and the data set's."""
     split: str = "train"
-    """Split of a data set of the hub."""
+    """Split of a data set of the hub, or of a folder of files."""
+    revision: str | None = None
+    """Commit or tag of a data set of the hub."""
+    streaming: bool = False
+    """Read rows one after another, without downloading all; the first good ones then count."""
     questions: Literal["MC", "OE"] | None = None
     """Type of all questions, for rows that do not say it."""
     templates: dict[str, str] = field(default_factory=dict)
     """Text put around questions, in pairs of type (MC, OE) and text with {question}, as in training."""
-    scorer: str | None = "fastcorl.quickstart.scorer:Scorer"
-    """Judge of drawings, `module:class`; None scores answers only."""
+    scorer: str | None = "auto"
+    """Judge of drawings, `module:class`; None scores answers only, and so does auto but on the quickstart's rows."""
     num_prompts: int = 256
     seed: str = "evaluation"
     """What the samples are drawn with; a run's own evaluations use "evaluation"."""
@@ -40,53 +47,73 @@ class Evaluate:
     guidance: float = 1.0
     max_new_tokens: int = 56
     out: Path | None = None
-    """Also write the scores as JSON, and as a Markdown table beside it."""
+    """Also write the scores to this .json file, and as a Markdown table beside it."""
     device: str = "auto"
 
     def run(self) -> None:
-        from fastcorl.evaluation import evaluate
         from fastcorl.plugins import load_object
-        from fastcorl.rollout import RolloutEngine, SamplingParams
-        from fastcorl.runtime.distributed import Distributed
+        from fastcorl.rollout import SamplingParams
         from fastcorl.runtime.report import score_table
 
         if self.num_prompts < 1:
             raise UserError(f"--num-prompts {self.num_prompts}: must be at least 1")
         if len(set(self.model)) < len(self.model) or not self.model:
             raise UserError("--model: give at least one model, and each once")
+        check_flag("--columns", check_columns, self.columns)
+        check_flag("--templates", check_templates, self.templates)
+        if self.out:
+            writable_file("--out", self.out, ".json")
         try:
             params = SamplingParams(self.temperature, self.guidance, self.max_new_tokens)
         except ValueError as error:
             raise UserError(str(error)) from error
-        prompts = self._prompts()
-        scorer = load_object(self.scorer, "--scorer")() if self.scorer else None
-        entries = []
-        for model in self.model:
-            policy = load(model, self.device, templates=self.templates)
-            ranks = Distributed(0, 1, policy.device)
-            engine = RolloutEngine(policy, weight_version=0)
-            scores = evaluate(engine, prompts, params, scorer, ranks=ranks, seed=self.seed)
-            entries.append({"stage": model, "scores": scores})
+        spec = self.scorer
+        if spec == "auto":
+            spec = QUICKSTART_SCORER if self.data == QUICKSTART_ROWS else None
+        scorer = load_object(spec, "--scorer")() if spec else None
+        if scorer is not None and not callable(scorer):
+            raise UserError(f"--scorer {spec}: makes a {type(scorer).__name__}, which cannot be called")
+        entries = [{"stage": model, "scores": self._score(model, params, scorer)} for model in self.model]
         if len(entries) == 1:
             for name, value in entries[0]["scores"].items():
                 print(f"{name:<10}{100 * value:6.1f} %")
         else:
             print(score_table(entries))
         if self.out:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
             models = [{"model": entry["stage"], "scores": entry["scores"]} for entry in entries]
-            self.out.write_text(json.dumps({"data": self.data, "prompts": len(prompts), "models": models}, indent=1))
+            self.out.write_text(
+                json.dumps({"data": self.data, "prompts": self.num_prompts, "models": models}, indent=1)
+            )
             self.out.with_suffix(".md").write_text(score_table(entries))
 
-    def _prompts(self) -> "list[Prompt]":
-        from fastcorl.data import BadRow, Needs, examine, load_rows
+    def _score(self, model: str, params, scorer) -> dict[str, float]:
+        """Of one model, which is gone from memory afterwards."""
+        from fastcorl.evaluation import evaluate
+        from fastcorl.rollout import RolloutEngine
+        from fastcorl.runtime.distributed import Distributed
 
-        needs = Needs(draw=self.scorer is not None, answer=True)
-        rows = load_rows(self.data, self.columns, "--data", needs=needs, question_type=self.questions, split=self.split)
-        read = list(examine(islice(rows.numbered(), self.num_prompts), rows.schema))
-        bad = [row for row in read if isinstance(row, BadRow)]
-        if len(bad) == len(read):
+        policy = load(model, self.device, templates=self.templates)
+        prompts = self._prompts(policy, draw=scorer is not None)
+        ranks = Distributed(0, 1, policy.device)
+        engine = RolloutEngine(policy, weight_version=0)
+        return evaluate(engine, prompts, params, scorer, ranks=ranks, seed=self.seed)
+
+    def _prompts(self, policy, *, draw: bool) -> "list[Prompt]":
+        from fastcorl.data import BadRow, Needs, PromptLengths, evaluation_order, examine, load_rows, open_stream
+
+        needs = Needs(draw=draw, answer=True)
+        options = {"needs": needs, "question_type": self.questions, "split": self.split, "revision": self.revision}
+        rows = (open_stream if self.streaming else load_rows)(self.data, self.columns, "--data", **options)
+        room = policy.janus.config.text_config.max_position_embeddings - self.max_new_tokens
+        lengths = PromptLengths(policy.encoder, room, needs, "the room that --max-new-tokens leaves")
+        numbered = rows.numbered() if self.streaming else rows.numbered(evaluation_order(rows))
+        good, bad = [], []
+        for read in examine(numbered, rows.schema, lengths):
+            (bad if isinstance(read, BadRow) else good).append(read)
+            if len(good) == self.num_prompts or (not good and len(bad) >= self.num_prompts):
+                break
+        if not good:
             raise UserError(f"{bad[0]} (all {len(bad)} rows looked at are bad)")
         if bad:
-            print(f"{len(bad)} of {len(read)} rows are bad and left out, the first: {bad[0]}", file=sys.stderr)
-        return [row for row in read if not isinstance(row, BadRow)]
+            print(f"{len(bad)} bad rows are left out, the first: {bad[0]}", file=sys.stderr)
+        return good

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastcorl.commands.shared import load
+from fastcorl.commands.shared import load, writable_folder
 from fastcorl.errors import UserError
 
 
@@ -50,6 +50,7 @@ class ExportDrawings:
             params = SamplingParams(self.temperature, self.guidance)
         except ValueError as error:
             raise UserError(str(error)) from error
+        writable_folder("--out", self.out)
         engine = RolloutEngine(load(self.model, self.device), weight_version=0)
         console = Console(stderr=True)
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

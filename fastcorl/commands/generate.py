@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastcorl.commands.shared import load, sample, sampling_params
+from fastcorl.commands.shared import load, sample, sampling_params, writable_file, writable_folder
 
 
 @dataclass
@@ -41,6 +41,9 @@ class Generate:
         from fastcorl.records import Prompt
 
         params = sampling_params(self, guidance=self.guidance)
+        writable_file("--grid", self.grid, ".png", ".jpg", ".jpeg", ".webp")
+        if self.out is not None:
+            writable_folder("--out", self.out)
         policy = load(self.model, self.device)
         blank = Image.new("RGB", (policy.image_size, policy.image_size))
         prompt = Prompt("cli", self.prompt, blank, "", "", "OE")
@@ -52,7 +55,6 @@ class Generate:
         factor = max(1, 128 // policy.image_size)
 
         def save(pixels: torch.Tensor, path: Path) -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray((pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
             image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST).save(path)
 

@@ -1,43 +1,68 @@
 """`fastcorl merge`."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastcorl.commands.shared import load
 from fastcorl.errors import UserError
 
 
 @dataclass
 class Merge:
-    """Join refined models around the model all of them started from."""
+    """Join refined models around the model all of them started from, in the type of its weights."""
 
     base: str
     """The model they were trained from."""
     models: list[str]
     """The refined models: two, or more for the methods linear and ties."""
     out: Path
-    """Folder for the merged model."""
+    """New folder for the merged model."""
     method: Literal["gaussian", "linear", "ties"] = "gaussian"
     """Gaussian (arXiv 2501.10661, the paper's), the mean, or TIES (arXiv 2306.01708)."""
-    density: float = 0.2
-    """For ties: fraction of each update's entries that is kept."""
+    density: float | None = None
+    """For ties: fraction of each update's entries that is kept, 0.2 unless given."""
 
     def run(self) -> None:
         from fastcorl.algorithm import merge_state_dicts
-        from fastcorl.model import save_policy
+        from fastcorl.model.weight_files import new_folder, open_weights, write_weights
 
         if len(self.models) < 2 or (self.method == "gaussian" and len(self.models) > 2):
             wanted = "two models" if self.method == "gaussian" else "at least two models"
             raise UserError(f"--models: {self.method} takes {wanted}, got {len(self.models)}")
-        if not 0 < self.density <= 1:
+        if self.density is not None and self.method != "ties":
+            raise UserError(f"--density is for --method ties, not {self.method}")
+        if self.density is not None and not 0 < self.density <= 1:
             raise UserError(f"--density {self.density}: must be over 0 and at most 1")
-        policy = load(self.base, "cpu")
-        states = [policy.janus.state_dict(), *(load(path, "cpu").janus.state_dict() for path in self.models)]
+        base, *tuned = (
+            _folder(flag, name) for flag, name in [("--base", self.base), *(("--models", m) for m in self.models)]
+        )
         try:
-            merged = merge_state_dicts(*states, method=self.method, density=self.density)
-        except ValueError as error:
-            raise UserError(f"--models: {error}") from error
-        policy.janus.load_state_dict(merged)
-        save_policy(policy, self.out)
+            with new_folder(self.out) as folder:
+                try:
+                    merged = merge_state_dicts(
+                        *(open_weights(each) for each in (base, *tuned)),
+                        method=self.method,
+                        density=0.2 if self.density is None else self.density,
+                    )
+                except ValueError as error:
+                    raise UserError(f"--models: {error}") from error
+                write_weights(folder, merged)
+                for file in base.iterdir():
+                    if file.is_file() and ".safetensors" not in file.name and ".bin" not in file.name:
+                        shutil.copy(file, folder)
+        except OSError as error:
+            raise UserError(f"--out {self.out}: cannot be written: {error.strerror}") from error
         print(f"merged model: {self.out}")
+
+
+def _folder(flag: str, name: str) -> Path:
+    """The checkpoint that `flag` names, if it is a Janus in the transformers format."""
+    from fastcorl.model.convert import checkpoint_folder
+    from fastcorl.model.loading import resolve
+
+    try:
+        resolve(name)
+        return checkpoint_folder(name)
+    except UserError as error:
+        raise UserError(str(error).replace("model.path", flag).replace("--from", flag)) from error

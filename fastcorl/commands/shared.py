@@ -4,8 +4,36 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from fastcorl.errors import UserError
+
+
+def check_flag(flag: str, check: Callable, value):
+    """`check(value)`, whose ValueError is the user's mistake in `flag`."""
+    try:
+        return check(value)
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}") from error
+
+
+def writable_file(flag: str, path: Path, *suffixes: str) -> Path:
+    """`path` if a file can be written there, its folder made; with `suffixes` it must end in one of them."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder; give the name of a file")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UserError(f"{flag} {path}: must end in {' or '.join(suffixes)}")
+    writable_folder(flag, path.parent)
+    return path
+
+
+def writable_folder(flag: str, path: Path) -> Path:
+    """`path` if it is a folder or can be made one; it is made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be a folder: {error.strerror}") from error
+    return path
 
 
 def sampling_params(command, **settings: float):
@@ -75,6 +103,10 @@ def load(model: str, device: str, *, templates: dict[str, str] | None = None):
     logging.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     try:
         return load_policy(model, dtype=dtype, device=device, templates=templates)

@@ -1,6 +1,6 @@
 """Rows in, prompts out: sources, validation, quarantine, and which prompts a step takes."""
 
-from fastcorl.data.held_out import hold_out, hold_out_of_stream
+from fastcorl.data.held_out import evaluation_order, hold_out, hold_out_of_stream
 from fastcorl.data.images import ImageError, decode_image
 from fastcorl.data.lengths import PromptLengths
 from fastcorl.data.prompts import MapPrompts, PromptData, PromptSource
@@ -28,6 +28,7 @@ __all__ = [
     "Schema",
     "StreamPrompts",
     "check_rows",
+    "evaluation_order",
     "decode_image",
     "examine",
     "hold_out",

@@ -4,6 +4,7 @@ import csv
 import glob
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from fastcorl.data.schema import Unreadable
 from fastcorl.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "json"}
 _WHAT = (
     "must be .parquet, .jsonl, .json, or a folder: of such files, of images with metadata.jsonl or metadata.csv, "
@@ -58,12 +60,24 @@ def _find_in_folder(folder: Path, place: str, split: str | None) -> Files:
         return Files("saved", (folder,), folder)
     if not (folder / "README.md").is_file():
         for suffix in (".parquet", ".jsonl"):
-            paths = sorted(folder.glob(f"*{suffix}"))
+            paths = _of_split(sorted(folder.glob(f"*{suffix}")), split, place)
             if paths:
                 return _of_kind(paths, folder, place)
     if any(next(folder.rglob(f"*{suffix}"), None) for suffix in SUFFIXES):
         return Files("hub", (folder,), folder)
     raise UserError(f"{place}: not a folder of datasets.save_to_disk, and nothing else that is known: {_WHAT}")
+
+
+def _of_split(paths: list[Path], split: str | None, place: str) -> list[Path]:
+    """The files of `split`, where some of their names begin with that of a split; else all of them."""
+    named = {path: next((word for word in SPLITS if re.match(rf"{word}(?![a-z])", path.stem)), None) for path in paths}
+    if not any(named.values()):
+        return paths
+    chosen = [path for path, word in named.items() if word == (split or "train") or path.stem == split]
+    if not chosen:
+        found = ", ".join(sorted({word for word in named.values() if word}))
+        raise UserError(f"{place}: holds files of the splits {found}, and none of {split or 'train'}; give one of them")
+    return chosen
 
 
 def _of_kind(paths: list[Path], folder: Path, place: str) -> Files:

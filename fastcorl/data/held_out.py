@@ -9,9 +9,17 @@ from fastcorl.data.sampler import permutation
 from fastcorl.data.streaming import ShuffledStream
 from fastcorl.data.validation import BadRow, PromptCheck, read_prompt
 from fastcorl.errors import UserError
+from fastcorl.plugins import is_spec
 from fastcorl.records import Prompt
 
 ORDER = "held out"  # the name of no stage; the choice does not depend on the run's seed
+
+
+def evaluation_order(rows: Rows) -> list[int]:
+    """Indices of held-out rows in the order they are taken: a user's function gives them in an order of its own, files
+    and data sets often sorted by kind, so theirs is shuffled."""
+    is_function = is_spec(rows.schema.source.rpartition(" ")[2])
+    return list(range(len(rows))) if is_function else permutation(len(rows), 0, ORDER, 0)
 
 
 def hold_out(

@@ -47,6 +47,8 @@ def decode_image(value: Any, folder: Path | None = None, *, absolute: bool = Fal
     """The image of `open_image`, decoded, upright and RGB."""
     image = open_image(value, folder, absolute=absolute)
     try:
+        if image.mode.startswith("I;16"):  # Pillow's own conversion takes all above 255 for white
+            image = image.point(lambda level: level / 256).convert("L")
         return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise ImageError(f"does not decode: {error}") from error

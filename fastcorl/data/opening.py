@@ -32,9 +32,9 @@ def open_source(
 ) -> Opened:
     """Open `source`; raises UserError where it cannot be. A text file is read whole unless `streaming`."""
     place = f"{key} {source}"
-    if is_spec(source) and not Path(source).exists():
-        return _open_function(source, key, streaming)
     path, own_split = _split_off(source)
+    if is_spec(source) and not Path(path).exists():
+        return _open_function(source, key, streaming)
     files = find_files(path, place, own_split or split)
     if files is not None:
         return _open_files(files, place, own_split or split, subset, streaming)

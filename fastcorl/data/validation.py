@@ -2,20 +2,19 @@
 
 import math
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from fastcorl.answer_tags import extract_answer
 from fastcorl.config_data import QUESTION_TYPES
 from fastcorl.data.images import ImageError, decode_image
 from fastcorl.data.rows import Row, Rows
 from fastcorl.data.schema import Schema, Unreadable
 from fastcorl.records import Prompt
 
-_ANSWER = re.compile(r"<answer>.*?\S.*?</answer>", re.DOTALL)
 _TEXT = ("prompt", "qa_problem", "qa_solution", "qa_type")
 PromptCheck = Callable[[Prompt], tuple[str, str] | None]
 """What the model cannot take of a prompt, as (column, reason): too many tokens, a placeholder in the text."""
@@ -97,8 +96,8 @@ def _prompt(row_id: str, row: dict[str, Any], schema: Schema) -> Prompt:
     text = {name: _text(name, row.get(name), name in needed) for name in _TEXT}
     if "qa_type" in needed and text["qa_type"] not in QUESTION_TYPES:
         raise _RowError("qa_type", f"must be one of {', '.join(QUESTION_TYPES)}, got {text['qa_type'][:40]!r}")
-    if "qa_solution" in needed and not _ANSWER.search(text["qa_solution"]):
-        raise _RowError("qa_solution", "has no <answer>...</answer> with something in it")
+    if "qa_solution" in needed and extract_answer(text["qa_solution"]) is None:
+        raise _RowError("qa_solution", "has no <answer>...</answer> with something in it, or ends with an empty one")
     similarity = _similarity(row.get("pair_similarity"))
     try:
         image = decode_image(row.get("real_image"), schema.folder, absolute=schema.absolute)

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor
 
 from fastcorl.errors import UserError
-from fastcorl.model.loading import load_policy, save_policy
+from fastcorl.model.loading import QUICKSTART_WEIGHTS, load_policy, save_policy
 from fastcorl.model.original_config import OriginalConfig, janus_config
 from fastcorl.model.original_names import from_transformers, is_unused, target_names, to_transformers
 from fastcorl.model.original_processor import generation_config, load_processor
@@ -35,6 +35,8 @@ class Report:
 def checkpoint_folder(source: str | Path) -> Path:
     """A local checkpoint folder, or the local copy of a hub name. Raises UserError when there is neither."""
     path, name = Path(source), str(source)
+    if name == "quickstart":
+        return QUICKSTART_WEIGHTS / "janus"
     if path.is_dir():
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:  # not a hub name

@@ -115,7 +115,10 @@ def new_folder(out: Path) -> Iterator[Path]:
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made: {error.strerror}") from error
     try:
         yield partial
         partial.rename(out)

@@ -18,7 +18,7 @@ VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512,
 def write_blip(folder: Path, captions: Sequence[str], seed: int) -> None:
     """A small BLIP as Salesforce/blip-image-captioning-base has it; its vocabulary is the words of `captions`.
 
-    Its begin token is outside of the tokenizer's vocabulary and its end is the separator, as published.
+    As published, its begin token is outside of the tokenizer's vocabulary and captions end with the separator.
     """
     tokenizer = _bert_tokenizer(captions)
     size = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4}
@@ -28,7 +28,6 @@ def write_blip(folder: Path, captions: Sequence[str], seed: int) -> None:
         "projection_dim": 64,
         "num_hidden_layers": 2,
         "bos_token_id": len(tokenizer),
-        "eos_token_id": tokenizer.sep_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "sep_token_id": tokenizer.sep_token_id,
     }

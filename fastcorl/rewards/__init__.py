@@ -4,7 +4,8 @@ Every reward is a callable `reward(rollout) -> (n,) float32` without gradient, w
 `RewardSuite` is their weighted sum, `RewardModels` what they load.
 """
 
-from fastcorl.rewards.answers.rules import AccuracyReward, FormatReward, extract_answer
+from fastcorl.answer_tags import extract_answer
+from fastcorl.rewards.answers.rules import AccuracyReward, FormatReward
 from fastcorl.rewards.captions.captioner import BlipCaptioner, PolicyCaptioner
 from fastcorl.rewards.captions.scene_graph import TupleSimilarity, tuple_f1
 from fastcorl.rewards.cycle import CaptionReward, CycleReward

@@ -1,5 +1,6 @@
 """What the rewards of a run load, once for all its stages: networks, the scene-graph parser, the user's functions."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -9,7 +10,7 @@ from fastcorl.config_rewards import RewardsConfig
 from fastcorl.plugins import load_object
 from fastcorl.rewards.captions.bertscore import BertScore, SentenceSimilarity
 from fastcorl.rewards.captions.captioner import BlipCaptioner
-from fastcorl.rewards.captions.jaccard import jaccard, soft_jaccard
+from fastcorl.rewards.captions.jaccard import WordSimilarity, jaccard, soft_jaccard
 from fastcorl.rewards.captions.scene_graph import TupleSimilarity
 from fastcorl.rewards.captions.spice import Spice
 from fastcorl.rewards.captions.spice_py import SpicePy
@@ -32,6 +33,7 @@ class RewardModels:
         """`draws`: whether any stage draws; the models that judge drawings are loaded only then."""
         self.captioner: BlipCaptioner | None = None
         self.image_similarity: ImageSimilarity | None = None
+        self.names: list[str] = []
         self.caption_similarities: list[CaptionSimilarity] = []
         self.clip: ClipScore | None = None
         if draws:
@@ -39,7 +41,7 @@ class RewardModels:
                 self._load_cycle(config, device)
             if config.weight("clip"):
                 self.clip = ClipScore(config.clip, device)
-        self.users = UserRewards(config.extra, config.pairwise, timeout=config.timeout)
+        self.users = UserRewards(config.extra, config.pairwise, timeout=config.timeout, gpu=config.extra_on_gpu)
 
     def _load_cycle(self, config: RewardsConfig, device: torch.device | str) -> None:
         if config.captioner != POLICY:
@@ -61,13 +63,17 @@ class RewardModels:
             "jaccard": lambda: jaccard,
             "soft_jaccard": lambda: soft_jaccard,
         }
-        self.caption_similarities = [makers[name]() for name in config.caption_similarity]
+        self.names = list(config.caption_similarity)
+        self.caption_similarities = [makers[name]() for name in self.names]
 
     def caption_problem(self, caption: str) -> str | None:
-        """Why a drawing of `caption` could never be scored: no tuples are found in it."""
-        for similarity in self.caption_similarities:
-            if isinstance(similarity, TupleSimilarity) and not similarity.parse(caption):
-                return f"rewards.caption_tuples finds nothing in {caption[:60]!r}"
+        """Why a drawing of `caption` could never be scored: it says nothing that a similarity compares."""
+        for name, similarity in zip(self.names, self.caption_similarities, strict=True):
+            # Those that need a model can score any caption.
+            by_rules = isinstance(similarity, TupleSimilarity | SpicePy | WordSimilarity)
+            if by_rules and math.isnan(similarity([caption], [caption])[0]):
+                key = "rewards.caption_tuples" if name == "tuples" else f"rewards.caption_similarity {name}"
+                return f"{key} finds nothing in {caption[:60]!r}"
         return None
 
     def close(self) -> None:

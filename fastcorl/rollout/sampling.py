@@ -1,6 +1,7 @@
 """How tokens are sampled, and the seed that makes a row reproducible."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 
@@ -19,8 +20,10 @@ class SamplingParams:
     top_p: float | None = None
 
     def __post_init__(self):
-        if self.temperature < 0 or self.guidance < 0:
-            raise ValueError(f"temperature {self.temperature} and guidance {self.guidance} must not be negative")
+        if not (0 <= self.temperature < math.inf and 0 <= self.guidance < math.inf):
+            raise ValueError(
+                f"temperature {self.temperature} and guidance {self.guidance} must be numbers of at least 0"
+            )
         for name in ("max_new_tokens", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -6,21 +6,15 @@ from typing import Literal
 
 import torch
 
+from fastcorl.answer_tags import extract_answer
 from fastcorl.records import Prompt, Rollout
 from fastcorl.rewards.answers.matching import same_answer, soft_jaccard
 from fastcorl.rewards.answers.options import choice_letter, parse_options
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _FORMAT = re.compile(r"<think>(.*)</think>\s*<answer>(.*)</answer>", re.DOTALL)
-_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 
 AccuracyMode = Literal["strict", "soft_jaccard"]
-
-
-def extract_answer(text: str) -> str | None:
-    """What stands in the last complete `<answer>` pair, trimmed; None when there is none or it is blank."""
-    found = _ANSWER.findall(text)
-    return (found[-1].strip() or None) if found else None
 
 
 def is_well_formed(text: str) -> bool:

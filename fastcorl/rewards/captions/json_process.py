@@ -41,7 +41,7 @@ class JsonProcess:
     def request(self, message: dict[str, Any]) -> dict[str, Any]:
         """The program's reply to a message.
 
-        UserError where it cannot be started; RuntimeError where it fails the message twice or answers with an "error".
+        UserError where it cannot be started, fails the message twice or answers with an "error".
         """
         try:
             reply = self._ask(message)
@@ -49,9 +49,9 @@ class JsonProcess:
             try:
                 reply = self._ask(message)
             except ProcessFailure as failure:
-                raise RuntimeError(f"{self.name}: {failure}") from None
+                raise _local(f"{self.name}: {failure}") from None
         if "error" in reply:
-            raise RuntimeError(f"{self.name}: {reply['error']}")
+            raise _local(f"{self.name}: {reply['error']}")
         return reply
 
     def close(self) -> None:
@@ -168,3 +168,10 @@ def _end(process: subprocess.Popen, owner: int) -> None:
     process.wait()
     with suppress(OSError, ValueError):
         process.stdin.close()
+
+
+def _local(message: str) -> UserError:
+    """A failure that this rank alone knows of."""
+    error = UserError(message)
+    error.local = True
+    return error

@@ -1,0 +1,106 @@
+"""Models, prompts and configurations of the step benchmarks: a unified step, as the trainer and the baseline are told it."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+
+from bench.baselines.plain_rewards import plain_rewards
+from bench.baselines.plain_trainer import PlainSettings, PlainTrainer
+from bench.rollout_problems import SIZES, make_policy
+from fastcorl.config import Config
+from fastcorl.data import PromptData, load_rows
+from fastcorl.model import Policy, load_policy
+from fastcorl.records import Prompt
+from fastcorl.rewards import RewardModels
+from fastcorl.runtime.distributed import Distributed
+from fastcorl.trainer import Trainer
+
+GROUP_SIZE = 8
+STAGE = "unified"
+
+
+@dataclass(frozen=True)
+class StepProblem:
+    """A unified step on `prompts` prompts, `GROUP_SIZE` drawings and answers each.
+
+    The quickstart's answers end by themselves, after 24 to 56 tokens; a model with random weights says no end.
+    """
+
+    model: str
+    prompts: int
+    guidance: float
+    max_new_tokens: int
+    rounds: int
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * GROUP_SIZE
+
+    def policy(self) -> Policy:
+        if self.model not in SIZES:
+            return load_policy(self.model)
+        policy = make_policy(self.model, "cpu")
+        policy.lay_out()
+        policy.janus.generation_config.eos_token_id = None
+        return policy
+
+    def make_prompts(self) -> list[Prompt]:
+        rows = PromptData(load_rows("fastcorl.quickstart.data:train"))
+        return [rows[index] for index in range(self.prompts)]
+
+    def config(self, **packing) -> Config:
+        return Config(
+            rollout={"guidance": self.guidance, "max_new_tokens": self.max_new_tokens},
+            algorithm={"group_size": GROUP_SIZE},
+            packing=packing,
+            stages={STAGE: {"task": "unified", "prompts_per_step": self.prompts}},
+        )
+
+    def trainer(self, policy: Policy, **packing) -> Trainer:
+        """Ours, on `policy`."""
+        config = self.config(**packing)
+        return Trainer(
+            config,
+            STAGE,
+            config.stages[STAGE],
+            policy,
+            RewardModels(config.rewards),
+            FixedPrompts(self.make_prompts()),
+            Distributed(0, 1, policy.device),
+            launched=False,
+        )
+
+    def baseline(self, policy: Policy) -> PlainTrainer:
+        """The plain trainer, on a copy of the policy's model."""
+        janus = deepcopy(policy.janus)
+        janus.set_attn_implementation("sdpa")
+        optimizer = self.config().optimizer
+        settings = PlainSettings(
+            group_size=GROUP_SIZE,
+            guidance=self.guidance,
+            max_new_tokens=self.max_new_tokens,
+            learning_rate=optimizer.learning_rate,
+            betas=optimizer.betas,
+            weight_decay=optimizer.weight_decay,
+            max_grad_norm=optimizer.max_grad_norm,
+        )
+        rewards = plain_rewards(self.config().rewards, janus, policy.processor)
+        return PlainTrainer(janus, policy.processor, rewards, settings)
+
+
+PROBLEMS = {
+    "quickstart": StepProblem("quickstart", 8, guidance=1.0, max_new_tokens=56, rounds=5),
+    "91M": StepProblem("91M", 1, guidance=5.0, max_new_tokens=64, rounds=2),
+}
+
+
+class FixedPrompts:
+    """The same prompts in every step."""
+
+    def __init__(self, prompts: list[Prompt]):
+        self.prompts = prompts
+
+    def take(self, step: int, rank: int, world: int) -> Sequence[Prompt]:
+        return self.prompts

@@ -35,9 +35,10 @@ check: install
 
 # Tables and JSON go to RESULTS, one of each for every part; bench/results/ holds those that are quoted.
 RESULTS ?= runs/bench
-PARTS ?= kernels rollout
-kernels := bench --ignore=bench/bench_rollout.py
+PARTS ?= kernels rollout step
 rollout := bench/bench_rollout.py
+step := bench/bench_step.py
+kernels := bench --ignore=$(rollout) --ignore=$(step)
 bench: MARK := not gpu
 bench-gpu: MARK := gpu
 bench-gpu: RESULTS = bench/results/h200

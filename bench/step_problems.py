@@ -1,10 +1,8 @@
-"""Models, prompts and configurations of the step benchmarks: a unified step, as the trainer and the baseline are told it."""
+"""Models, prompts and configurations of the step benchmarks: a unified step as trainer and baseline are told it."""
 
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-
-import torch
 
 from bench.baselines.plain_rewards import plain_rewards
 from bench.baselines.plain_trainer import PlainSettings, PlainTrainer
@@ -17,6 +15,7 @@ from fastcorl.rewards import RewardModels
 from fastcorl.runtime.distributed import Distributed
 from fastcorl.trainer import Trainer
 
+OURS, BASELINE = "fastcorl", "plain trainer on transformers"
 GROUP_SIZE = 8
 STAGE = "unified"
 

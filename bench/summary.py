@@ -13,6 +13,9 @@ HEADER = """| shape | provider | median | / floor | / fastcorl | rate | extra Mi
 ROLLOUT_HEADER = """| shape | provider | median | rate | / fastcorl | of floor | vision | prefill | decode | pixels |
 |---|---|--:|--:|--:|--:|--:|--:|--:|--:|"""
 
+STEP_HEADER = """| shape | provider | median | samples/s | / fastcorl | rollout | score | train | peak MiB | extra MiB |
+|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"""
+
 GOALS_HEADER = """| op | shape | goal | measured | |
 |---|---|---|--:|---|"""
 
@@ -21,6 +24,14 @@ ROLLOUT_LEGEND = """
 above 1 is slower. `of floor` is the least time that bytes and matrix products leave on this machine, as
 bench/rollout_floor.py sums it up, over the provider's. Our stages: vision tower, prefill of the questions (within
 `decode` where there are drawings), decode steps, and VQ decoder."""
+
+STEP_LEGEND = """
+A step goes from prompts to updated weights. `/ fastcorl` is a median of ratios within one round; above 1 is slower.
+`train` has forward, backward and the optimizer. `peak MiB` is resident memory of a process that does nothing else,
+`extra MiB` what a step takes of it above what was resident before. The plain trainer samples 16 rows at a time, runs
+padded forwards with whole logits and the vision tower for every answer (bench/baselines). Without packing each sequence
+is a micro-batch of its own; without vision reuse the training forward runs the tower for every answer; without mixed
+rollout drawings and answers are sampled one after the other; without fused loss torch's autograd sees whole logits."""
 
 KERNELS_LEGEND = """
 `/ floor` and `/ fastcorl` are medians of ratios within one round, in which the floor, fastcorl and the provider run one
@@ -77,10 +88,31 @@ def rollout_row(entry):
     return "| " + " | ".join(cells) + " |"
 
 
+def step_row(entry):
+    phases = entry["phases_s"]
+    cells = (
+        entry["shape"],
+        entry["provider"],
+        duration(entry["median_s"]),
+        f"{entry['rate']:.3g}",
+        f"{entry['ratio_to_ours']:.2f}",
+        *(duration(phases[name]) for name in ("rollout", "score", "train")),
+        *(f"{entry[name]:.0f}" if name in entry else "" for name in ("peak_mib", "extra_mib")),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+LAYOUTS = {
+    "rollout": (ROLLOUT_HEADER, rollout_row, ROLLOUT_LEGEND),
+    "step": (STEP_HEADER, step_row, STEP_LEGEND),
+}
+KERNELS = (HEADER, row, KERNELS_LEGEND)
+
+
 def tables(entries):
     """One table for each op."""
     for op, group in groupby(entries, key=lambda entry: entry["op"]):
-        header, make_row = (ROLLOUT_HEADER, rollout_row) if op == "rollout" else (HEADER, row)
+        header, make_row, _ = LAYOUTS.get(op, KERNELS)
         yield f"\n## {op}\n{header}"
         yield from map(make_row, group)
 
@@ -92,8 +124,8 @@ def entries_of(result):
 
 
 def legends(entries):
-    rollouts = {entry["op"] == "rollout" for entry in entries}
-    return [text for text, is_rollout in ((KERNELS_LEGEND, False), (ROLLOUT_LEGEND, True)) if is_rollout in rollouts]
+    used = {LAYOUTS.get(entry["op"], KERNELS)[2] for entry in entries}
+    return [legend for legend in (KERNELS_LEGEND, ROLLOUT_LEGEND, STEP_LEGEND) if legend in used]
 
 
 def main(paths):

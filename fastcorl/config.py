@@ -183,7 +183,14 @@ class EvaluationConfig(Section):
     guidance: NonNegative | None = None
     """Guidance of evaluated drawings; null takes the rollout's."""
     gradient_cosine: bool = False
-    """Also log, at the steps of `every`, the cosine between the gradients of drawings and of answers."""
+    """Also log, at the steps of `every`, the cosine between the gradients of drawings and of answers. It takes memory
+    for two float32 gradients, and a backward more; not under ZeRO 3."""
+
+    @model_validator(mode="after")
+    def _cosine_has_steps(self) -> "EvaluationConfig":
+        if self.gradient_cosine and not self.every:
+            raise ValueError("gradient_cosine is logged at the steps of `every`, which is 0")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -239,6 +246,8 @@ class StageConfig(Section):
             raise ValueError("merge must name stages for task merge, and none for any other task")
         if self.task == "merge" and (len(self.merge) < 2 or (self.method == "gaussian" and len(self.merge) != 2)):
             raise ValueError(f"merge must name {'two' if self.method == 'gaussian' else 'at least two'} stages")
+        if self.probe_steps and self.task != "ordered":
+            raise ValueError("probe_steps is for task ordered")
         if (self.task == "ordered") != bool(self.order):
             raise ValueError("order must name tasks for task ordered, and none for any other task")
         for task in self.order:
@@ -281,6 +290,8 @@ class Config(Section):
     def _stages_follow_one_another(self) -> "Config":
         if not self.stages:
             raise ValueError("stages: must name at least one stage")
+        if self.evaluation.gradient_cosine and self.deepspeed.zero_stage == 3:
+            raise ValueError("evaluation.gradient_cosine: is not there under ZeRO 3, where no rank has whole gradients")
         earlier: list[str] = ["model"]
         for name, stage in self.stages.items():
             if name == "model" or not re.fullmatch(r"\w+", name):

@@ -88,10 +88,13 @@ class RewardsConfig(Section):
 
     @model_validator(mode="after")
     def _parts_have_their_files(self) -> "RewardsConfig":
+        image = self.weight("cycle") > 0 or self.weight("perceptual") > 0
+        text = self.caption_similarity if self.weight("cycle") > 0 or self.weight("caption") > 0 else []
+        lpips = image and self.image_similarity.startswith("lpips")
         needs = [
-            (self.image_similarity.startswith("lpips"), "lpips_trunk", f"image_similarity {self.image_similarity}"),
-            ("bertscore" in self.caption_similarity, "bert", "caption_similarity bertscore"),
-            ("sentence" in self.caption_similarity, "sentence_encoder", "caption_similarity sentence"),
+            (lpips, "lpips_trunk", f"image_similarity {self.image_similarity}"),
+            ("bertscore" in text, "bert", "caption_similarity bertscore"),
+            ("sentence" in text, "sentence_encoder", "caption_similarity sentence"),
             (self.weight("clip") > 0, "clip", "the reward clip"),
         ]
         for needed, key, why in needs:

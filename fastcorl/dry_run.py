@@ -13,14 +13,18 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from fastcorl.config import Config, StageConfig
-from fastcorl.data import BadRow, Needs, examine, open_stream
+from fastcorl.data import BadRow, Needs, PromptLengths, examine, open_stream
 from fastcorl.data.catalog import public_data
+from fastcorl.data.sampler import check_world
 from fastcorl.errors import UserError
 from fastcorl.memory import STAGES, estimate, workload
 from fastcorl.model import Policy, PromptEncoder
 from fastcorl.model.known import known_config
 from fastcorl.model.loading import empty_policy, load_encoder, resolve
+from fastcorl.parts import check_stages, kl_weight, needs_reference
+from fastcorl.pipeline import check_folders
 from fastcorl.plugins import load_object
+from fastcorl.runtime.engine import engine_name
 from fastcorl.tasks import TASKS, expand, uses
 
 GPUS = (1, 2, 4, 8)
@@ -44,10 +48,28 @@ class DryRun:
         self.missing: list[str] = []
 
     def run(self) -> None:
+        config = self.config
+        engine_name(config.deepspeed, launched="WORLD_SIZE" in os.environ)
+        check_stages(config, self.stages, self.world_size)
+        check_folders(self.stages)
+        for name, stage in self.stages.items():
+            if stage.task != "merge":
+                check_world(name, stage.prompts_per_step, self.world_size)
+        if config.evaluation.scorer:
+            load_object(config.evaluation.scorer, "evaluation.scorer")()
         self._print_stages()
         policy, encoder = self._model()
         for source, stages in self._sources():
-            self._print_batch(source, stages, encoder)
+            tasks = [TASKS[stage.task] for stage in stages]
+            needs = Needs(any(task.draws for task in tasks), any(task.answers for task in tasks))
+            types = {kind for task in tasks if task.answers for kind in task.question_types}
+            count = max(stage.prompts_per_step for stage in stages)
+            self._print_batch("data.train", source, stages[0].columns, needs, types, count, encoder)
+        if config.data.held_out is not None:
+            needs = Needs(draw=config.evaluation.scorer is not None, answer=True)
+            tasks = [TASKS[stage.task] for stage in self.stages.values() if stage.task != "merge"]
+            types = {kind for task in tasks if task.answers for kind in task.question_types}
+            self._print_batch("data.held_out", config.data.held_out, config.data.columns, needs, types, 8, encoder)
         self._check_rewards()
         self._print_memory(policy)
         for line in self.missing:
@@ -61,7 +83,7 @@ class DryRun:
             group = stage.group_size or config.algorithm.group_size
             merges = stage.task == "merge"
             rate = stage.learning_rate or config.optimizer.learning_rate
-            beta = config.algorithm.beta if stage.beta is None else stage.beta
+            beta = kl_weight(config, stage)
             what = [str(stage.steps), f"{stage.prompts_per_step} x {group}", f"{rate:g}", f"{beta:g}"]
             source = ", ".join(stage.merge) if merges else stage.data or config.data.train
             table.add_row(name, stage.task, stage.init, *(["", "", "", ""] if merges else what), source)
@@ -83,7 +105,9 @@ class DryRun:
             policy.add_adapters(rank=model.lora.rank, alpha=model.lora.alpha, targets=model.lora.targets)
         whole = sum(weight.numel() for weight in policy.parameters())
         trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
-        self.console.print(f"model    {model.path}: {whole:,} parameters, {trained:,} of them trained, {model.dtype}")
+        self.console.print(
+            f"model          {model.path}: {whole:,} parameters, {trained:,} of them trained, {model.dtype}"
+        )
         return policy, encoder
 
     def _sources(self) -> Iterator[tuple[str, list[StageConfig]]]:
@@ -97,41 +121,45 @@ class DryRun:
         for (source, columns), stages in readers.items():
             yield source, [stage.model_copy(update={"columns": dict(columns)}) for stage in stages]
 
-    def _print_batch(self, source: str, stages: list[StageConfig], encoder: PromptEncoder | None) -> None:
+    def _print_batch(
+        self,
+        key: str,
+        source: str,
+        columns: dict[str, str],
+        needs: Needs,
+        types: set[str],
+        count: int,
+        encoder: PromptEncoder | None,
+    ) -> None:
         """Read as many rows as a step takes, from the start of the data."""
-        data, tasks = self.config.data, [TASKS[stage.task] for stage in stages]
-        needs = Needs(any(task.draws for task in tasks), any(task.answers for task in tasks))
-        types = {kind for task in tasks if task.answers for kind in task.question_types}
-        count = max(stage.prompts_per_step for stage in stages)
+        data = self.config.data
+        lengths = None if encoder is None else PromptLengths(encoder, data.max_prompt_tokens, needs)
         try:
             rows = open_stream(
                 source,
-                stages[0].columns,
-                "data.train",
+                columns,
+                key,
                 needs=needs,
                 split=data.split,
                 revision=data.revision,
-                question_type=types.pop() if len(types) == 1 else None,
+                question_type=next(iter(types)) if len(types) == 1 else None,
             )
-            read = list(examine(islice(rows.numbered(), count), rows.schema))
+            read = list(examine(islice(rows.numbered(), count), rows.schema, lengths))
         except UserError as error:
             if public_data(source) is None or Path(source).exists():
                 raise
             self.missing.append(f"{error}")
             return
+        if self.config.algorithm.pair_similarity and key == "data.train" and "pair_similarity" not in rows.schema.names:
+            raise UserError(f"{rows.source}: algorithm.pair_similarity needs a column pair_similarity")
         bad = [row for row in read if isinstance(row, BadRow)]
-        good = [row for row in read if not isinstance(row, BadRow)]
-        if not good:
+        if len(bad) == len(read):
             raise UserError(f"{bad[0]} (and all {len(read)} rows of the first batch)")
-        line = f"data     {source}: {len(good)} rows read"
+        line = f"{key:<14} {source}: {len(read) - len(bad)} rows read"
         if bad:
             line += f", {len(bad)} bad ones passed over (the first: {bad[0]})"
-        if encoder is not None:
-            captions = [len(encoder.draw(prompt.caption)) for prompt in good] if needs.draw else [0]
-            questions = (
-                [len(encoder.ask(prompt.question, prompt.question_type)) for prompt in good] if needs.answer else [0]
-            )
-            line += f"; longest caption {max(captions)}, longest question {max(questions)} tokens"
+        if lengths is not None:
+            line += f"; longest caption {lengths.longest_caption}, longest question {lengths.longest_question} tokens"
         self.console.print(line, highlight=False)
 
     def _check_rewards(self) -> None:
@@ -177,8 +205,7 @@ class DryRun:
         config = self.config
         if stage.prompts_per_step % world_size:
             return {}
-        beta = config.algorithm.beta if stage.beta is None else stage.beta
-        reference = bool(beta) or config.rewards.tim == "frozen"
+        reference = needs_reference(config, stage)
         work = workload(config, stage, policy, world_size, config.data.max_prompt_tokens)
         return estimate(config, policy, work, world_size=world_size, reference=reference)
 

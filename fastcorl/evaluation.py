@@ -52,7 +52,7 @@ def _rollouts(
     engine: RolloutEngine, prompts: Sequence[Prompt], params: SamplingParams, seed: object, *, draw: bool
 ) -> Iterator[Rollout]:
     """One call for all where each has a question, which is faster; else drawings and answers apart."""
-    asked = [prompt for prompt in prompts if prompt.question_type]
+    asked = [prompt for prompt in prompts if prompt.question_type and prompt.question and prompt.solution]
     if len(asked) == len(prompts) or (not asked and draw):
         yield engine.generate(prompts, 1, params, draw=draw, answer=bool(asked), seed=seed)
         return
@@ -69,15 +69,17 @@ def drawing_reward(
     rewards: RewardSuite,
     *,
     ranks: Distributed,
+    group_size: int = 2,
     seed: object = "evaluation",
-) -> float:
-    """Mean reward of one drawing per prompt, over all ranks; drawings without a reward are left out."""
-    mine = prompts[ranks.rank :: ranks.world_size]
+) -> float | None:
+    """Mean reward of drawings of the prompts with a caption, over all ranks; None where none has a reward. A group has
+    at least two, so that judges of pairs have something to compare."""
+    mine = [prompt for prompt in prompts if prompt.caption][ranks.rank :: ranks.world_size]
     parts = [mine[start : start + PROMPTS_AT_ONCE] for start in range(0, len(mine), PROMPTS_AT_ONCE)]
-    totals = [rewards(engine.generate(part, 1, params, answer=False, seed=seed)).total for part in parts]
+    totals = [rewards(engine.generate(part, group_size, params, answer=False, seed=seed)).total for part in parts]
     known = [value for total in totals for value in total[total.isfinite()].tolist()]
     total, count = ranks.reduce([sum(known), float(len(known))])
-    return total / count if count else 0.0
+    return total / count if count else None
 
 
 class _Answer(NamedTuple):

@@ -32,7 +32,7 @@ def workload(config: Config, stage: StageConfig, policy: Policy, world_size: int
     rows = prompts * (stage.group_size or config.algorithm.group_size)
     draws, answers = stage.task in ("unified", "alternate", "t2i"), stage.task != "t2i"
     sampled = (policy.num_image_tokens if draws else 0, config.rollout.max_new_tokens if answers else 0)
-    trained = rows * (sum(sampled)) + prompts * prompt_tokens
+    trained = (rows + prompts * config.algorithm.external) * sum(sampled) + prompts * prompt_tokens
     return Workload(
         prompts,
         rows if draws else 0,
@@ -55,9 +55,10 @@ def estimate(
     # Under ZeRO 3 sampling uses a whole copy beside the shards.
     rows["weights"] = [whole, whole, whole, whole / world_size + whole]
     rows["gradients"] = [trained * element / (world_size if stage >= 2 else 1) for stage in STAGES]
-    # Both of Adam's moments; of 16-bit weights also float32 copies of them and, at the update, of their gradients.
-    state = 8 if element == 4 and world_size == 1 else 16
-    rows["optimizer"] = [trained * state / (world_size if stage >= 1 else 1) for stage in STAGES]
+    # Both of Adam's moments; but for float32 weights without ZeRO also float32 copies of the weights and, at the
+    # update, of their gradients.
+    state = [8 if element == 4 and stage == 0 else 16 for stage in STAGES]
+    rows["optimizer"] = [trained * state[stage] / (world_size if stage >= 1 else 1) for stage in STAGES]
     copies = reference and not policy.has_adapters and config.algorithm.reference == "keep"
     rows["reference"] = [whole if copies else 0.0] * 4
     rows["KV cache"] = [cache_tokens(config, work) * cache_bytes_per_token(policy)] * 4

@@ -15,6 +15,7 @@ from fastcorl.errors import UserError
 from fastcorl.evaluation import drawing_reward, evaluate
 from fastcorl.model import Policy, load_policy, save_policy
 from fastcorl.ordering import best_order, measure_transfer
+from fastcorl.parts import check_stages, reward_suite, rollout_engine, sampling_params
 from fastcorl.plugins import load_object
 from fastcorl.rewards import RewardModels
 from fastcorl.run_data import RunData
@@ -25,7 +26,7 @@ from fastcorl.runtime.run_folder import Position, RunFolder, placed, write_text
 from fastcorl.runtime.samples import save_samples
 from fastcorl.runtime.telemetry import Telemetry
 from fastcorl.tasks import expand, uses
-from fastcorl.trainer import Trainer, reward_suite, rollout_engine, sampling_params
+from fastcorl.trainer import Trainer
 
 BAD_ROWS = "bad_rows.jsonl"
 
@@ -50,7 +51,8 @@ class Run:
         self.stages = expand(config)
         scorer = config.evaluation.scorer
         self.scorer = load_object(scorer, "evaluation.scorer")() if scorer else None
-        self._check_folders()
+        check_stages(config, self.stages, ranks.world_size)
+        check_folders(self.stages)
         self.start_policy = self._load("model")
         self.models = RewardModels(config.rewards, ranks.device, draws=uses(self.stages).draws)
         self.data = RunData(config, self.stages, self.start_policy, self.models.caption_problem, ranks)
@@ -150,25 +152,30 @@ class Run:
             trainer = self._trainer(f"probe_{task}", part.model_copy(update=change))
             for step in range(1, stage.probe_steps + 1):
                 trainer.train_step(step)
-            scores = self._task_scores(trainer.engine.full_policy())
+            scores = self._task_scores(trainer.engine.full_policy(), stage.order)
             trainer.engine.close()
+            del trainer
+            gc.collect()  # engine and policy refer to one another
             return scores
 
-        transfer = measure_transfer(stage.order, self._task_scores(self._load(part.init)), burst)
+        transfer = measure_transfer(stage.order, self._task_scores(self._load(part.init), stage.order), burst)
         return best_order(stage.order, transfer), transfer
 
-    def _task_scores(self, policy: Policy) -> dict[str, float]:
+    def _task_scores(self, policy: Policy, tasks: list[str]) -> dict[str, float]:
         """Held-out score of every task: accuracy of answers, mean reward of drawings."""
         config = self.config
         engine = rollout_engine(config, policy)
         params = sampling_params(config, guidance=config.evaluation.guidance)
         prompts = self.data.held_out_prompts(config.evaluation.num_prompts)
         scores = evaluate(engine, prompts, params, None, ranks=self.ranks)
-        found = {"mm2t": scores["accuracy"], "mc": scores.get("mc", 0.0), "oe": scores.get("oe", 0.0)}
-        if uses(self.stages).draws:
+        found = {"mm2t": scores.get("accuracy"), "mc": scores.get("mc"), "oe": scores.get("oe")}
+        if "t2i" in tasks:
             suite = reward_suite(config, self.models, policy, engine, engine)
             found["t2i"] = drawing_reward(engine, prompts, params, suite, ranks=self.ranks)
-        return found
+        missing = [task for task in tasks if found[task] is None]
+        if missing:
+            raise UserError(f"probe_steps: the held-out rows tell nothing of task {missing[0]}; give rows that do")
+        return {task: found[task] for task in tasks}
 
     def _merge(self, stage: StageConfig) -> Policy:
         policy = self._load(stage.init)
@@ -243,6 +250,7 @@ class Run:
             "world_size": self.ranks.world_size,
             "engine": engine_name(self.config.deepspeed, launched=self.launched),
             "zero_stage": self.config.deepspeed.zero_stage,
+            "lora": describe_lora(self.config),
         }
 
     def _check_checkpoint(self) -> None:
@@ -265,13 +273,6 @@ class Run:
             return order[: order.index(self.checkpoint[1].stage)]
         exported = [self.folder.export(name).exists() for name in order]
         return order[: exported.index(False) if False in exported else len(order)]
-
-    def _check_folders(self) -> None:
-        """Models that are named by folder are there."""
-        for name, stage in self.stages.items():
-            for source in (stage.init, *stage.merge):
-                if source not in self.stages and source != "model" and not Path(source).is_dir():
-                    raise UserError(f"stages.{name}: there is no model folder {source!r}")
 
     def _open_folder(self) -> None:
         """Prepare the run's folder; when resuming, drop what was logged after the checkpoint."""
@@ -307,3 +308,17 @@ class Run:
             stage, step = position.stage, position.step
             self.folder.abandon_after(position.global_step, remaining)
         self.telemetry.truncate_after(order, stage, step)
+
+
+def check_folders(stages: dict[str, StageConfig]) -> None:
+    """Raise UserError where a model that is named by folder is not there."""
+    for name, stage in stages.items():
+        for source in (stage.init, *stage.merge):
+            if source not in stages and source != "model" and not Path(source).is_dir():
+                raise UserError(f"stages.{name}: there is no model folder {source!r}")
+
+
+def describe_lora(config: Config) -> str:
+    """What is trained, for comparison with a checkpoint's."""
+    lora = config.model.lora
+    return f"rank {lora.rank} alpha {lora.alpha:g} on {' '.join(sorted(lora.targets))}" if lora.rank else "none"

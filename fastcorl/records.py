@@ -138,7 +138,7 @@ class PackedBatch:
 @dataclass
 class StepRecord:
     """One line of metrics.jsonl. Units: seconds, GiB; `tokens` and `images` are sampled ones, over all ranks; `rewards`
-    are means over rows."""
+    are means over rows. With several updates per rollout loss and gradient norm are the last one's."""
 
     stage: str
     step: int  # within the stage, from 1

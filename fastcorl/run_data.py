@@ -1,6 +1,6 @@
 """The data of a run: what is held out, what each stage trains on, and what is wrong with rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from fastcorl.config import Config, StageConfig
@@ -46,7 +46,10 @@ class RunData:
         ranks: Distributed,
     ):
         """`caption_problem` tells what the rewards cannot do with a caption."""
-        self.config, self.policy, self.ranks = config, policy, ranks
+        self.config, self.ranks = config, ranks
+        # Not the policy itself, which would stay in memory for the whole run.
+        self.encoder, self.num_image_tokens = policy.encoder, policy.num_image_tokens
+        self.context: int = policy.janus.config.text_config.max_position_embeddings
         self.caption_problem = caption_problem
         self.trained = {name: stage for name, stage in stages.items() if stage.task != "merge"}
         self.quarantines: dict[str, Quarantine] = {}
@@ -105,8 +108,7 @@ class RunData:
 
     def _question_type(self, key: tuple) -> str | None:
         """The type of questions where rows do not say it: the one that all stages of the source ask for."""
-        tasks = {stage.task for stage in self._readers(key)} - {"t2i"}
-        return {("mc",): "MC", ("oe",): "OE"}.get(tuple(tasks))
+        return _only_type(self._readers(key))
 
     def _open(self, key: tuple) -> tuple[Rows | RowStream, Quarantine, PromptCheck]:
         data = self.config.data
@@ -131,7 +133,7 @@ class RunData:
     def _checks(self, name: str, needs: Needs) -> tuple[Quarantine, PromptCheck]:
         """Where bad rows of a source go, and what else makes a row bad."""
         quarantine = self.quarantines.setdefault(name, Quarantine(self.config.data.max_bad_fraction))
-        lengths = PromptLengths(self.policy.encoder, self.config.data.max_prompt_tokens, needs)
+        lengths = PromptLengths(self.encoder, self.config.data.max_prompt_tokens, needs)
         self.lengths.append(lengths)
 
         def problem(prompt: Prompt) -> tuple[str, str] | None:
@@ -165,6 +167,7 @@ class RunData:
             return self._reserved(self._first())[0]
         needs = Needs(draw=self.config.evaluation.scorer is not None, answer=True)
         options = {"split": data.split, "revision": data.revision, "needs": needs}
+        options["question_type"] = _only_type(self.trained.values())
         rows = load_rows(data.held_out, data.columns, "data.held_out", **options)
         quarantine, problem = self._checks("data.held_out", needs)
         good: list[Prompt] = []
@@ -178,21 +181,27 @@ class RunData:
 
     def _check_longest(self) -> None:
         """No sequence over the model's context or a pack; of rows that are not looked at yet, the limit counts."""
-        config, policy = self.config, self.policy
+        config = self.config
         limit = config.data.max_prompt_tokens
         seen = config.data.check_rows == "all" and not config.data.streaming
         caption = max(lengths.longest_caption for lengths in self.lengths) if seen else limit
         question = max(lengths.longest_question for lengths in self.lengths) if seen else limit
         caption, question = self.ranks.reduce([float(caption), float(question)], "max")
-        drawing = int(caption) + policy.num_image_tokens
+        drawing = int(caption) + self.num_image_tokens
         answer = int(question) + config.rollout.max_new_tokens
-        context = policy.janus.config.text_config.max_position_embeddings
-        if max(drawing, answer) > context:
+        if max(drawing, answer) > self.context:
             raise UserError(
-                f"the longest prompts with {policy.num_image_tokens} image tokens or rollout.max_new_tokens "
-                f"{config.rollout.max_new_tokens} make {max(drawing, answer)} tokens; the model's context is {context}"
+                f"the longest prompts with {self.num_image_tokens} image tokens or rollout.max_new_tokens "
+                f"{config.rollout.max_new_tokens} make {max(drawing, answer)} tokens; "
+                f"the model's context is {self.context}"
             )
         guided = config.algorithm.policy_logits != "cond" and config.rollout.guidance != 1
         needed = max(2 * drawing if guided else drawing, answer)
         if needed > config.packing.tokens:
             raise UserError(f"packing.tokens {config.packing.tokens} must hold the longest sequence, {needed} tokens")
+
+
+def _only_type(stages: Iterable[StageConfig]) -> str | None:
+    """The question type that all answering stages ask for, if it is one."""
+    tasks = {stage.task for stage in stages} - {"t2i"}
+    return {("mc",): "MC", ("oe",): "OE"}.get(tuple(tasks))

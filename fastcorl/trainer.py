@@ -6,29 +6,37 @@ import torch
 
 from fastcorl.algorithm import (
     CoRLObjective,
-    ObjectiveOptions,
-    PackOptions,
     StepTotals,
     count_micro_batches,
+    count_sequences,
     gradient_cosine,
     pack_rollout,
     packed_log_probs,
 )
 from fastcorl.config import Config, StageConfig
 from fastcorl.data import PromptSource
+from fastcorl.errors import UserError
 from fastcorl.experience import Collector, advantages_of, within_budget
 from fastcorl.model import Policy
+from fastcorl.parts import (
+    FrozenMatcher,
+    matches_frozen,
+    needs_reference,
+    objective_options,
+    pack_options,
+    reward_suite,
+    rollout_engine,
+    sampling_params,
+)
 from fastcorl.records import PackedBatch, Rollout, Scores, StepRecord
-from fastcorl.rewards import Matcher, PolicyCaptioner, RewardModels, RewardSuite
-from fastcorl.rollout import RolloutEngine, SamplingParams, row_seed
+from fastcorl.rewards import RewardModels
+from fastcorl.rollout import row_seed
 from fastcorl.runtime.distributed import Distributed
 from fastcorl.runtime.engine import learning_rate_at, make_engine
 from fastcorl.runtime.reference import Reference
 from fastcorl.runtime.step_metrics import StepMetrics
 from fastcorl.runtime.telemetry import PhaseTimer
 from fastcorl.tasks import TASKS
-
-CAPTION_TOKENS = 40
 
 
 class Trainer:
@@ -50,20 +58,13 @@ class Trainer:
         self.algorithm = config.algorithm
         self.learning_rate = stage.learning_rate or config.optimizer.learning_rate
         self.options = objective_options(config, stage, policy.num_image_tokens)
-        self.pack_options = PackOptions(
-            tokens=config.packing.tokens,
-            guided=self.options.guided,
-            image_shift=config.compat.ulm_r1_image_shift,
-            share_prefix=config.packing.share_prefix,
-        )
+        self.pack_options = pack_options(config, guided=self.options.guided)
         self.objective = CoRLObjective(policy, self.options)
         self.engine = make_engine(self.objective, config.optimizer, config.deepspeed, ranks, launched=launched)
         policy = self.engine.full_policy()
-        frozen_tim = config.rewards.tim == "frozen" and TASKS[stage.task].draws
-        needed = bool(self.options.beta) or frozen_tim
-        self.reference = Reference(policy, self.algorithm.reference) if needed else None
+        self.reference = Reference(policy, self.algorithm.reference) if needs_reference(config, stage) else None
         self.rollouts = rollout_engine(config, policy)
-        matcher = FrozenMatcher(self.reference) if frozen_tim else self.rollouts
+        matcher = FrozenMatcher(self.reference) if matches_frozen(config, stage) else self.rollouts
         self.engines = [self.rollouts]  # that read the weights, and are told when these change
         if models.captioner is None and TASKS[stage.task].draws:  # recaptioning has settings of its own
             self.engines.append(rollout_engine(config, policy))
@@ -110,11 +111,13 @@ class Trainer:
 
     def _anchor(self, batches: list[PackedBatch]) -> None:
         """Fix what ratios start from, where it is not the first update's own forward."""
-        if self.algorithm.external:  # rows of the data were not sampled, and their ratio needs the policy's own
+        if self.algorithm.external:  # the ratio of rows of the data needs the policy's own
             self._add_log_probs(self.engine.full_policy(), batches, "old_log_probs")
-        elif self.algorithm.old_log_probs == "sampled":
+        if self.algorithm.old_log_probs == "sampled":
             for rows in (rows for batch in batches for rows in (batch.image, batch.text) if rows is not None):
-                rows.old_log_probs = rows.sampled_log_probs
+                sampled = rows.sampled_log_probs
+                known = sampled.isfinite()  # rows of the data were not sampled
+                rows.old_log_probs = sampled if rows.old_log_probs is None else sampled.where(known, rows.old_log_probs)
 
     def _update(
         self, step: int, batches: list[PackedBatch], totals: StepTotals, metrics: StepMetrics, *, first: bool
@@ -153,12 +156,17 @@ class Trainer:
         return TASKS[self.stage.task].draws, TASKS[self.stage.task].answers
 
     def _rank_budget(self) -> int | None:
-        budget = self.algorithm.token_budget
-        return None if budget is None else budget // self.ranks.world_size
+        budget, ranks = self.algorithm.token_budget, self.ranks
+        return None if budget is None else budget // ranks.world_size + (ranks.rank < budget % ranks.world_size)
 
     def _pack(self, rollout: Rollout, advantages: torch.Tensor) -> list[PackedBatch]:
-        count = count_micro_batches(rollout, self.pack_options)
-        (most,) = self.ranks.reduce([float(count)], "max")
+        count, sequences = count_micro_batches(rollout, self.pack_options), count_sequences(rollout, self.pack_options)
+        most, fewest = self.ranks.reduce([float(count), -float(sequences)], "max")
+        if most > -fewest:
+            raise UserError(
+                f"a rank has {-fewest:.0f} sequences for {most:.0f} micro-batches: "
+                f"raise packing.tokens, prompts_per_step or algorithm.token_budget"
+            )
         return pack_rollout(rollout, advantages, self.pack_options, min_micro_batches=int(most))
 
     def _totals(self, rollout: Rollout) -> StepTotals:
@@ -174,66 +182,3 @@ class Trainer:
         for batch in batches:
             for modality, log_probs in packed_log_probs(policy, batch, self.options).items():
                 setattr(getattr(batch, modality), field, log_probs)
-
-
-class FrozenMatcher:
-    """Matches texts and images by the token states of a reference."""
-
-    def __init__(self, reference: Reference):
-        self.reference = reference
-        self._engine: RolloutEngine | None = None
-
-    def match_states(
-        self, pixels: torch.Tensor, captions: list[str]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `RolloutEngine.match_states`."""
-        with self.reference.policy() as policy:
-            if not self.reference.stays:
-                return RolloutEngine(policy).match_states(pixels, captions)
-            self._engine = self._engine or RolloutEngine(policy, weight_version=0)
-            return self._engine.match_states(pixels, captions)
-
-
-def rollout_engine(config: Config, policy: Policy) -> RolloutEngine:
-    """An engine for weights of version 0."""
-    rollout = config.rollout
-    return RolloutEngine(policy, max_rows=rollout.max_rows, kv_cache_tokens=rollout.kv_cache_tokens, weight_version=0)
-
-
-def reward_suite(
-    config: Config, models: RewardModels, policy: Policy, matcher: Matcher, captions: RolloutEngine
-) -> RewardSuite:
-    """The rewards of a stage; `captions` samples the policy's own captions where it is the captioner."""
-    params = SamplingParams(temperature=0.0, max_new_tokens=CAPTION_TOKENS)
-    captioner = PolicyCaptioner(captions, params, config.rewards.caption_instruction)
-    return RewardSuite(config.rewards, models, policy, matcher, captioner=captioner)
-
-
-def sampling_params(config: Config, *, guidance: float | None = None) -> SamplingParams:
-    """How a run samples; `guidance` overrides the configured one."""
-    rollout = config.rollout
-    return SamplingParams(
-        temperature=rollout.temperature,
-        guidance=rollout.guidance if guidance is None else guidance,
-        max_new_tokens=rollout.max_new_tokens,
-        top_k=rollout.top_k,
-        top_p=rollout.top_p,
-    )
-
-
-def objective_options(config: Config, stage: StageConfig, num_image_tokens: int) -> ObjectiveOptions:
-    """The loss settings of a stage."""
-    algorithm = config.algorithm
-    return ObjectiveOptions(
-        temperature=config.rollout.temperature,
-        guidance=config.rollout.guidance,
-        policy_logits=algorithm.policy_logits,
-        loss_type=algorithm.loss_type,
-        importance=algorithm.importance,
-        eps_low=algorithm.eps_low,
-        eps_high=algorithm.eps_high,
-        beta=algorithm.beta if stage.beta is None else stage.beta,
-        max_lengths={"image": num_image_tokens, "text": config.rollout.max_new_tokens},
-        delta=algorithm.delta,
-        external_gamma=algorithm.external_gamma,
-    )

@@ -85,6 +85,17 @@ def test_merge_of_a_model_with_itself_is_that_model(tmp_path):
         ["export-drawings", "--layout", "wise", "--prompts", "/no/such/prompts.json", "--out", "/tmp/never"],
         ["export", "--from", "/no/such/model", "--out", "/tmp/never"],
         ["doctor"],
+        ["doctor", "--data", "fastcorl.quickstart.data:held_out", "--columns", "promt", "x"],
+        ["evaluate", "--columns", "promt", "x"],
+        ["evaluate", "--templates", "MC", "no place"],
+        ["evaluate", "--out", "/tmp/scores.md"],
+        ["evaluate", "--device", "nowhere"],
+        ["evaluate", "--scorer", "os:getcwd"],
+        ["generate", "--prompt", "x", "--grid", "/tmp"],
+        ["generate", "--prompt", "x", "--temperature", "nan"],
+        ["merge", "--base", "quickstart", "--models", "quickstart", "quickstart", "--out", "/tmp"],
+        ["merge", "--base", "quickstart", "--models", "quickstart", "x/y/z", "--out", "/tmp/never"],
+        ["merge", "--base", "quickstart", "--models", "a", "b", "--out", "/tmp/never", "--density", "0.5"],
     ],
 )
 def test_mistakes_are_one_line(arguments, capsys):

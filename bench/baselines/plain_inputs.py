@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import BatchFeature, JanusProcessor
+from transformers import BatchFeature, JanusForConditionalGeneration, JanusProcessor
 
 from fastcorl.records import Prompt
 
@@ -16,14 +16,13 @@ class PlainInputs:
     ask: BatchFeature
 
 
-def prepare(processor: JanusProcessor, prompts: Sequence[Prompt]) -> PlainInputs:
-    """Drawing prompts of the captions, and the questions about the images."""
+def prepare(janus: JanusForConditionalGeneration, processor: JanusProcessor, prompts: Sequence[Prompt]) -> PlainInputs:
+    """Drawing prompts of the captions, and the questions about the images, on the model's device in its dtype."""
     captions = [_chat(processor, [{"type": "text", "text": prompt.caption}]) for prompt in prompts]
     questions = [_chat(processor, [{"type": "image"}, {"type": "text", "text": prompt.question}]) for prompt in prompts]
     images = [prompt.image for prompt in prompts]
-    return PlainInputs(
-        draw=pad(processor, captions, generation_mode="image"), ask=pad(processor, questions, images=images)
-    )
+    draw, ask = pad(processor, captions, generation_mode="image"), pad(processor, questions, images=images)
+    return PlainInputs(draw.to(janus.device), ask.to(janus.device, janus.dtype))
 
 
 def pad(processor: JanusProcessor, texts: list[str], **options) -> BatchFeature:

@@ -70,4 +70,4 @@ def policy_loss(
 
 
 def _selected(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)

@@ -6,7 +6,6 @@ The rewards are fastcorl's: `RewardSuite` over these two parts.
 import torch
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
-from bench.baselines.plain_inputs import pad
 from fastcorl.config_rewards import RewardsConfig
 from fastcorl.rewards import ImageSimilarity, RewardModels, RewardSuite, make_image_similarity
 
@@ -35,21 +34,22 @@ class PlainMatcher:
         """See `fastcorl.rewards.Matcher`; captions are padded on the left."""
         processor = self.processor
         mean, std = (
-            torch.tensor(values).view(3, 1, 1)
+            torch.tensor(values, device=pixels.device).view(3, 1, 1)
             for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
         )
         # Expanded by hand: the processor expands placeholders only together with images of its own preprocessing.
         image = processor.image_start_token + processor.image_token * processor.num_image_tokens
         texts = [image + processor.image_end_token + caption for caption in captions]
-        inputs = processor.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        inputs = processor.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt").to(pixels.device)
         ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
+        pixel_values = ((pixels - mean) / std).to(self.janus.dtype)
         states = self.janus.model(
-            input_ids=ids, attention_mask=attention_mask, pixel_values=(pixels - mean) / std, use_cache=False
+            input_ids=ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False
         ).last_hidden_state
         places = ids == self.janus.config.image_token_id
         # Captions are what follows the last placeholder and the end of the image.
         starts = places.int().cumsum(1).argmax(1) + 2
-        columns = torch.arange(places.shape[1])
+        columns = torch.arange(places.shape[1], device=places.device)
         first = int(starts.min())
         mask = columns >= starts[:, None]
         return states[places].unflatten(0, (len(pixels), -1)), states[:, first:], mask[:, first:]
@@ -64,4 +64,3 @@ def plain_rewards(
         models.image_similarity = make_image_similarity("vq", vq_encoder=janus.model.vqmodel.encoder)
     models.image_similarity = OneAtATime(models.image_similarity)
     return RewardSuite(config, models, None, PlainMatcher(janus, processor))
-

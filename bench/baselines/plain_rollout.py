@@ -51,10 +51,11 @@ class PlainSampler:
         )
         guided = self.guidance != 1
         if guided:
-            ends = torch.tensor([config.bos_token_id, config.generation_kwargs["boi_token_id"]])
+            ends = torch.tensor([config.bos_token_id, config.generation_kwargs["boi_token_id"]], device=ids.device)
             ids = torch.cat([ids, ids.masked_fill(~torch.isin(ids, ends), config.pad_token_id)])
             mask = mask.repeat(2, 1)
-        embeds, cache, drawn = self.janus.get_input_embeddings()(ids), DynamicCache(config=model.language_model.config), []
+        embeds = self.janus.get_input_embeddings()(ids)
+        cache, drawn = DynamicCache(config=model.language_model.config), []
         for _ in range(self.processor.num_image_tokens):
             hidden = model.language_model(
                 inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True
@@ -63,7 +64,7 @@ class PlainSampler:
             if guided:
                 cond, uncond = logits.chunk(2)
                 logits = uncond + self.guidance * (cond - uncond)
-            code = torch.multinomial(torch.softmax(logits / self.temperature, -1), 1)
+            code = torch.multinomial(torch.softmax(logits.float() / self.temperature, -1), 1)
             drawn.append(code)
             embeds = self.janus.prepare_embeddings_for_image_generation(code.repeat(1 + guided, 1))
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
@@ -78,6 +79,7 @@ class PlainSampler:
             top_k=0,
             top_p=1.0,
             max_new_tokens=self.max_new_tokens,
+            max_length=None,
             num_return_sequences=self.group_size,
         )
         tokens = sequences[:, inputs.ask["input_ids"].shape[1] :]
@@ -88,4 +90,4 @@ class PlainSampler:
 
     def _decode(self, codes: torch.Tensor) -> torch.Tensor:
         """(n, 3, H, W) pixels in [0, 1]."""
-        return (self.janus.decode_image_tokens(codes).permute(0, 3, 1, 2) / 2 + 0.5).clamp(0, 1)
+        return (self.janus.decode_image_tokens(codes).permute(0, 3, 1, 2).float() / 2 + 0.5).clamp(0, 1)

@@ -94,7 +94,7 @@ class PlainTrainer:
         samples, rewards, total = [], [], 0.0
         for micro_batch in micro_batches:
             with self.timer.phase("rollout"):
-                inputs = prepare(self.processor, micro_batch)
+                inputs = prepare(self.janus, self.processor, micro_batch)
                 rollout = self.sample(micro_batch, inputs)
             with self.timer.phase("score"):
                 scores = self.rewards(rollout).total
@@ -117,11 +117,11 @@ class PlainTrainer:
         """The step's loss on given samples, with (n,) advantages, and the gradients of trained parameters by name."""
         at_once, size = self.settings.prompts_at_once, samples.group_size
         count = len(samples.prompts)
-        total = torch.zeros(())
+        total = torch.zeros((), device=advantages.device)
         for start in range(0, count, at_once):
             groups = range(start, min(start + at_once, count))
             part = take_groups(samples, groups)
-            inputs = prepare(self.processor, part.prompts)
+            inputs = prepare(self.janus, self.processor, part.prompts)
             loss = self._loss(part, inputs, advantages[groups.start * size : groups.stop * size])
             loss = loss * len(groups) / count
             loss.backward()
@@ -134,7 +134,8 @@ class PlainTrainer:
         """Image plus text, each the mean over the micro-batch's sequences."""
         tokens, lengths = rollout.texts.tokens, rollout.texts.lengths
         codes = rollout.images.tokens
-        masks = torch.ones_like(codes, dtype=torch.bool), torch.arange(tokens.shape[1]) < lengths[:, None]
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        masks = torch.ones_like(codes, dtype=torch.bool), columns < lengths[:, None]
 
         def log_probs(janus: JanusForConditionalGeneration) -> tuple[torch.Tensor, torch.Tensor]:
             temperature = self.settings.temperature

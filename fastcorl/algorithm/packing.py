@@ -62,6 +62,11 @@ def count_micro_batches(rollout: Rollout, options: PackOptions) -> int:
     return len(assign(lengths, options.tokens))
 
 
+def count_sequences(rollout: Rollout, options: PackOptions) -> int:
+    """How many sequences this rollout has to pack."""
+    return len(_sequences(rollout, options))
+
+
 def assign(lengths: list[int], capacity: int, min_bins: int = 1) -> list[list[int]]:
     """Indices of `lengths` in the fewest bins (at least `min_bins`) that longest-first balancing needs.
 

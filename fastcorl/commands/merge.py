@@ -34,9 +34,8 @@ class Merge:
             raise UserError(f"--density is for --method ties, not {self.method}")
         if self.density is not None and not 0 < self.density <= 1:
             raise UserError(f"--density {self.density}: must be over 0 and at most 1")
-        base, *tuned = (
-            _folder(flag, name) for flag, name in [("--base", self.base), *(("--models", m) for m in self.models)]
-        )
+        base = _folder("--base", self.base)
+        tuned = [_folder("--models", name) for name in self.models]
         try:
             with new_folder(self.out) as folder:
                 try:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -77,7 +78,10 @@ def resolve(path: str | Path) -> tuple[str, JanusConfig]:
         )
     if model_type != "janus":
         raise UserError(f"model.path: {str(path)!r} is a {model_type!r} model; expected 'janus'")
-    return name, AutoConfig.from_pretrained(name)
+    try:
+        return name, AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.path: {str(path)!r}: its config.json is wrong: {_first_line(error)}") from error
 
 
 def empty_policy(config: JanusConfig, dtype: torch.dtype) -> Policy:

@@ -20,7 +20,7 @@ from fastcorl.quickstart.warm_start.architecture import CHAT_TEMPLATE, IMAGE, TA
 
 IMAGE_SIZE, PATCH_SIZE = 384, 16
 NUM_IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
-HIDDEN_SIZE, VISION_SIZE, CODEBOOK_SIZE = 320, 192, 16384
+HIDDEN_SIZE, VISION_SIZE, CODEBOOK_SIZE = 384, 192, 16384
 VOCABULARY_SIZE = 1024
 
 
@@ -50,10 +50,10 @@ def janus_config(tokenizer: PreTrainedTokenizerFast) -> JanusConfig:
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN_SIZE,
-        intermediate_size=960,
-        num_hidden_layers=6,
-        num_attention_heads=5,
-        num_key_value_heads=5,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
         max_position_embeddings=16384,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -37,15 +37,15 @@ class RewardModels:
         self.caption_similarities: list[CaptionSimilarity] = []
         self.clip: ClipScore | None = None
         if draws:
-            if any(config.weight(name) for name in ("cycle", "perceptual", "caption")):
-                self._load_cycle(config, device)
+            if config.weight("cycle") or config.weight("perceptual"):
+                self._load_image_similarity(config, device)
+            if config.weight("cycle") or config.weight("caption"):
+                self._load_captions(config, device)
             if config.weight("clip"):
                 self.clip = ClipScore(config.clip, device)
         self.users = UserRewards(config.extra, config.pairwise, timeout=config.timeout, gpu=config.extra_on_gpu)
 
-    def _load_cycle(self, config: RewardsConfig, device: torch.device | str) -> None:
-        if config.captioner != POLICY:
-            self.captioner = BlipCaptioner.from_pretrained(config.captioner, device=device)
+    def _load_image_similarity(self, config: RewardsConfig, device: torch.device | str) -> None:
         if config.image_similarity != "vq":
             self.image_similarity = make_image_similarity(
                 config.image_similarity,
@@ -54,6 +54,10 @@ class RewardModels:
                 heads=config.lpips_heads,
                 device=device,
             )
+
+    def _load_captions(self, config: RewardsConfig, device: torch.device | str) -> None:
+        if config.captioner != POLICY:
+            self.captioner = BlipCaptioner.from_pretrained(config.captioner, device=device)
         makers: dict[str, Callable[[], CaptionSimilarity]] = {
             "tuples": lambda: TupleSimilarity(load_object(config.caption_tuples, "rewards.caption_tuples")),
             "spice": partial(Spice, config.spice_folder),

@@ -45,20 +45,24 @@ class RewardSuite:
         self.config, self.models = config, models
         self.cycle: CycleReward | None = None
         self.drawing_rewards: dict[str, Reward] = {}
-        if models.caption_similarities:
+        perceptual = caption = None
+        if config.weight("cycle") or config.weight("perceptual"):
             similarity = models.image_similarity or make_image_similarity(
                 "vq", vq_encoder=policy.janus.model.vqmodel.encoder
             )
+            perceptual = self._scaled("perceptual", PerceptualReward(similarity))
+        if models.caption_similarities:
             caption = CaptionReward(
                 models.captioner or captioner,
                 models.caption_similarities,
                 unit=self._scaling("caption") == "unit",
             )
-            self.cycle = CycleReward(
-                self._scaled("perceptual", PerceptualReward(similarity)),
-                caption,
-                halve=self._scaling("cycle") == "unit",
-            )
+        if config.weight("cycle"):
+            self.cycle = CycleReward(perceptual, caption, halve=self._scaling("cycle") == "unit")
+        elif perceptual is not None:
+            self.drawing_rewards["perceptual"] = perceptual
+        if config.weight("caption") and self.cycle is None:
+            self.drawing_rewards["caption"] = caption
         if config.weight("tim"):
             self.drawing_rewards["tim"] = self._scaled("tim", TIMReward(matcher))
         if models.clip is not None:

@@ -30,6 +30,7 @@ class Position:
     world_size: int
     engine: str  # "plain" or "deepspeed"
     zero_stage: int
+    lora: str = "none"
 
 
 class RunFolder:

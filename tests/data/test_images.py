@@ -3,6 +3,7 @@
 import io
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -76,3 +77,11 @@ def test_bombs_in_threads():
 
     with ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(refused, bombs))) == 12
+
+
+def test_sixteen_bits_are_scaled_to_eight():
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    buffer = io.BytesIO()
+    Image.fromarray(ramp).save(buffer, "PNG")
+    decoded = np.asarray(decode_image(buffer.getvalue()))
+    assert np.abs(decoded[..., 0].astype(int) - (ramp >> 8)).max() <= 1

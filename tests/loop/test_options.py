@@ -12,8 +12,10 @@ from fastcorl.config_loading import load_config
 from fastcorl.model import load_policy
 from fastcorl.model.loading import QUICKSTART_WEIGHTS
 from fastcorl.pipeline import train
+from fastcorl.runtime.distributed import Distributed
 from tests.loop.launching import read_metrics
 
+ALONE = Distributed(0, 1, torch.device("cpu"))
 BASE = """
 name: run
 threads: 1
@@ -109,6 +111,80 @@ def test_options_from_neighbouring_work_train(run):
         assert math.isfinite(line["metrics"]["loss"]) and line["metrics"]["grad_norm"] > 0
         assert line["images"] == 8  # the data's own pictures are not counted as drawn
         assert line["metrics"]["image_mismatch"] < 1e-4
+
+
+def test_what_was_sampled_stays_the_anchor_beside_rows_of_the_data(run):
+    """Both options at once: the sampled rows' first ratio is to what was sampled, which the trained forward equals."""
+    _, lines = run("--algorithm.external=true", "--algorithm.old_log_probs=sampled")
+    assert lines[0]["metrics"]["image_mismatch"] < 1e-4
+    assert lines[0]["metrics"]["image_ratio_max"] == pytest.approx(1, abs=1e-3)
+
+
+def test_the_start_policy_leaves_memory_before_the_stages(tmp_path, monkeypatch):
+    import gc
+    import weakref
+
+    from fastcorl.pipeline import Run
+
+    file = tmp_path / "x.yaml"
+    file.write_text(BASE + UNIFIED)
+    started = Run(load_config(["--config", str(file), f"--output_dir={tmp_path}"]), ALONE, launched=False)
+    policy = weakref.ref(started.start_policy)
+    seen = []
+    monkeypatch.setattr(Run, "_run_stages", lambda run: (gc.collect(), seen.append(policy())))
+    monkeypatch.setattr(Run, "_report", lambda run: None)
+    started.train()
+    assert seen == [None]
+
+
+def test_drawing_alone_needs_no_questions(run, tmp_path):
+    from datasets import Dataset, Image
+
+    from fastcorl.quickstart.data import train as scenes
+
+    rows = [{name: scenes()[index][name] for name in ("prompt", "real_image")} for index in range(20)]
+    Dataset.from_list(rows).cast_column("real_image", Image()).to_parquet(tmp_path / "drawings.parquet")
+    stages = "stages:\n  t2i: {task: t2i, steps: 1, prompts_per_step: 2}\n"
+    data = [f"--data.train={tmp_path / 'drawings.parquet'}", "--data.held_out=None", "--data.held_out_rows=4"]
+    folder, lines = run(*data, "--evaluation.scorer=fastcorl.quickstart.scorer:Scorer", stages=stages)
+    assert len(lines) == 1
+    assert all("accuracy" not in entry["scores"] for entry in json.loads((folder / "scores.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--rewards.weights", "accuracy", "0", "format", "0", "cycle", "0", "tim", "0"], "no reward with a weight"),
+        (["--evaluation.gradient_cosine=true"], "gradient_cosine is logged at the steps of `every`"),
+        (["--stages.unified.probe_steps=2"], "probe_steps is for task ordered"),
+        (["--evaluation.every=1", "--evaluation.gradient_cosine=true", "--deepspeed.zero_stage=3"], "under ZeRO 3"),
+        (["--data.held_out=nowhere.jsonl"], "data.held_out nowhere.jsonl"),
+        (["--evaluation.scorer=nowhere:Scorer"], "evaluation.scorer"),
+        (["--stages.unified.init=a/b"], "no model folder 'a/b'"),
+        (["--algorithm.pair_similarity=true"], "needs a column pair_similarity"),
+    ],
+)
+@pytest.mark.parametrize("dry", [False, True])
+def test_mistakes_are_told_before_anything_is_trained(run, tmp_path, options, words, dry, monkeypatch):
+    from fastcorl.errors import UserError
+
+    if dry:
+        from fastcorl.dry_run import describe_run
+
+        monkeypatch.setattr("tests.loop.test_options.train", describe_run)
+    with pytest.raises(UserError, match=words):
+        run(*options)
+    assert not list(tmp_path.glob("*/run"))
+
+
+def test_resuming_with_other_adapters_is_refused(run, tmp_path):
+    from fastcorl.errors import UserError
+
+    stages = "stages:\n  oe: {task: oe, steps: 2, prompts_per_step: 2}\n"
+    run("--model.lora.rank=4", "--checkpoint.every=1", stages=stages)
+    checkpoint = tmp_path / "1" / "run" / "checkpoints" / "step-1"
+    with pytest.raises(UserError, match="with lora rank 4 .* this run has lora rank 8"):
+        run("--model.lora.rank=8", f"--resume={checkpoint}", stages=stages)
 
 
 def test_pair_similarity_needs_its_column(run):

@@ -40,3 +40,26 @@ def test_losses_equal_those_of_one_plain_process(tmp_path, plain, zero_stage, ra
         assert got["metrics"]["grad_norm"] == pytest.approx(expected["metrics"]["grad_norm"], rel=1e-3)
         assert got["rewards"] == pytest.approx(expected["rewards"], abs=1e-5)
         assert got["tokens"] == expected["tokens"]
+
+
+OPTIONS = [
+    *STEPS,
+    "--model.lora.rank=4",
+    "--algorithm.external=true",
+    "--algorithm.advantage_mode=normalize_then_sum",
+    "--algorithm.num_iterations=2",
+    "--algorithm.eps_low=0.2",
+    "--algorithm.eps_high=0.2",
+    "--rewards.tim=frozen",
+    "--stages.unified.steps=2",
+]
+
+
+def test_options_are_the_same_on_two_ranks_that_share_everything(tmp_path):
+    run_python(*OPTIONS, f"--output_dir={tmp_path / 'plain'}")
+    run_deepspeed(*OPTIONS, f"--output_dir={tmp_path / 'two'}", "--deepspeed.zero_stage=3", ranks=2)
+    plain, two = (read_metrics(tmp_path / name / "quickstart") for name in ("plain", "two"))
+    for expected, got in zip(plain, two, strict=True):
+        assert got["metrics"]["loss"] == pytest.approx(expected["metrics"]["loss"], rel=1e-3, abs=1e-4)
+        assert got["metrics"]["grad_norm"] == pytest.approx(expected["metrics"]["grad_norm"], rel=2e-3)
+        assert got["rewards"] == pytest.approx(expected["rewards"], abs=1e-4)

@@ -25,7 +25,7 @@ class StepMetrics:
         self.tokens = 0  # sampled ones, whatever the packs share
         self.images = 0 if rollout.images is None else num_sampled
         for name, values in {"total": scores.total, **scores.parts}.items():
-            self._add_reward(name, values.masked_fill(~sampled, torch.nan), rollout.group_size)
+            self._add_reward(name, values, sampled, rollout.group_size)
         self._add("unscored_rows", float((~scores.total[sampled].isfinite()).sum()), num_sampled)
         groups = advantages.view(-1, rollout.group_size)
         self._add("flat_groups", float((groups == 0).all(1).sum()), len(groups))
@@ -40,9 +40,10 @@ class StepMetrics:
             self._add("answer_tokens", float(lengths.sum()), num_sampled)
             self._add("unfinished", float((~rollout.texts.finished[sampled]).sum()), num_sampled)
 
-    def _add_reward(self, name: str, values: torch.Tensor, group_size: int) -> None:
-        """Mean, range, share of rows without a value (of those sampled) and of groups whose values are all equal."""
-        known = values.isfinite()
+    def _add_reward(self, name: str, values: torch.Tensor, sampled: torch.Tensor, group_size: int) -> None:
+        """Of the rows that were sampled: mean, range, share without a value; share of groups whose values are equal."""
+        known = values.isfinite() & sampled
+        self._add(f"{name}/unscored", float((sampled & ~known).sum()), int(sampled.sum()))
         self._add(f"reward/{name}", float(values[known].sum()), int(known.sum()))
         groups, scored = values.view(-1, group_size), known.view(-1, group_size)
         low = groups.masked_fill(~scored, torch.inf).amin(1)

@@ -210,6 +210,7 @@ def test_ranges_and_flat_groups_of_every_reward_are_logged(run):
         low, high = lines[0]["metrics"][f"{name}/min"], lines[0]["metrics"][f"{name}/max"]
         assert low <= lines[0]["rewards"][name] <= high
         assert 0 <= lines[0]["metrics"][f"{name}/flat"] <= 1
+        assert lines[0]["metrics"][f"{name}/unscored"] == 0
 
 
 def test_an_ordered_stage_measures_its_order(run):

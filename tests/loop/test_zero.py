@@ -42,23 +42,34 @@ def test_losses_equal_those_of_one_plain_process(tmp_path, plain, zero_stage, ra
         assert got["tokens"] == expected["tokens"]
 
 
-OPTIONS = [
-    *STEPS,
-    "--model.lora.rank=4",
-    "--algorithm.external=true",
-    "--algorithm.advantage_mode=normalize_then_sum",
-    "--algorithm.num_iterations=2",
-    "--algorithm.eps_low=0.2",
-    "--algorithm.eps_high=0.2",
-    "--rewards.tim=frozen",
-    "--stages.unified.steps=2",
-]
+SMALL = """
+name: quickstart
+data: {max_prompt_tokens: 256}
+model: {lora: {rank: 4}}
+rollout: {guidance: 1, max_new_tokens: 16}
+algorithm:
+  group_size: 2
+  external: true
+  advantage_mode: normalize_then_sum
+  num_iterations: 2
+  eps_low: 0.2
+  eps_high: 0.2
+rewards: {tim: frozen}
+evaluation: {num_prompts: 2, scorer: null}
+logging: {tensorboard: false, samples_every: 0}
+checkpoint: {every: 0}
+stages:
+  unified: {task: unified, steps: 2, prompts_per_step: 2, beta: 0.1}
+"""
 
 
 def test_options_are_the_same_on_two_ranks_that_share_everything(tmp_path):
-    run_python(*OPTIONS, f"--output_dir={tmp_path / 'plain'}")
-    run_deepspeed(*OPTIONS, f"--output_dir={tmp_path / 'two'}", "--deepspeed.zero_stage=3", ranks=2)
+    config = tmp_path / "small.yaml"
+    config.write_text(SMALL)
+    run_python(f"--config={config}", f"--output_dir={tmp_path / 'plain'}")
+    run_deepspeed(f"--config={config}", f"--output_dir={tmp_path / 'two'}", "--deepspeed.zero_stage=3", ranks=2)
     plain, two = (read_metrics(tmp_path / name / "quickstart") for name in ("plain", "two"))
+    assert len(plain) == len(two) == 2
     for expected, got in zip(plain, two, strict=True):
         assert got["metrics"]["loss"] == pytest.approx(expected["metrics"]["loss"], rel=1e-3, abs=1e-4)
         assert got["metrics"]["grad_norm"] == pytest.approx(expected["metrics"]["grad_norm"], rel=2e-3)

@@ -41,6 +41,7 @@ step := bench/bench_step.py
 kernels := bench --ignore=$(rollout) --ignore=$(step)
 bench: MARK := not gpu
 bench-gpu: MARK := gpu
+bench-gpu: PARTS = kernels rollout
 bench-gpu: RESULTS = bench/results/h200
 
 bench bench-gpu: install

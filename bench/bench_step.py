@@ -5,7 +5,6 @@ are medians over rounds of times taken within the same round, as in bench/bench_
 process of its own (bench/step_memory.py).
 """
 
-import gc
 import time
 from collections import defaultdict
 from dataclasses import replace
@@ -96,8 +95,6 @@ def bench_step(benchmark, shape):
             clock.entry(provider, OURS, problem.rows, shape=shape, provider=provider, **peaks.get(provider, {}))
             for provider in providers
         ]
-    del contestants
-    gc.collect()
 
 
 def bench_number_of_samples(benchmark):

@@ -2,13 +2,18 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_the_examples_run():
-    ours, drop_in = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    reward, ours, drop_in = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
+    exec(reward, names)
+    rollout = SimpleNamespace(texts=SimpleNamespace(answers=["short", "long" * 20]))
+    assert names["short_answers"](rollout) == [1.0, 0.0]
+    assert names["short_answers"](SimpleNamespace(texts=None)) is NotImplemented
     exec(ours, names)
     assert names["hidden"].grad.shape == (6, 64)
     assert names["head"].grad.shape == (1000, 64)

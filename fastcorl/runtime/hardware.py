@@ -154,7 +154,7 @@ def _open_nvml(uuid: str | None) -> tuple[Any, Any]:
     except pynvml.NVMLError:
         return None, None
     bare = re.sub(r"^(GPU|MIG)-", "", uuid)
-    for kind in ("GPU",):
+    for kind in ("GPU", "MIG"):
         try:
             return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"{kind}-{bare}")
         except pynvml.NVMLError:

@@ -88,16 +88,20 @@ class StepMetrics:
         self, stage: str, step: int, total_steps: int, seconds: dict[str, float], ranks: Distributed
     ) -> StepRecord:
         """The step's record over all ranks; a collective call."""
-        names = sorted(self._sums)
-        flat = [value for name in names for value in self._sums[name]]
+        # A rank may lack what others have: a micro-batch of one modality, a user's reward that did not apply.
+        found = ranks.gather((list(self._sums), list(self._largest)))
+        names = sorted({name for sums, _ in found for name in sums})
+        flat = [value for name in names for value in self._sums.get(name, (0.0, 0))]
         reduced = ranks.reduce([*flat, float(self.tokens), float(self.images)])
         means = {
             name: reduced[2 * i] / reduced[2 * i + 1] if reduced[2 * i + 1] else math.nan
             for i, name in enumerate(names)
         }
         (loss,) = ranks.reduce([self._loss], "mean")
-        order = sorted(self._largest)
-        largest = dict(zip(order, ranks.reduce([self._largest[name] for name in order], "max"), strict=True))
+        order = sorted({name for _, largest in found for name in largest})
+        largest = dict(
+            zip(order, ranks.reduce([self._largest.get(name, -math.inf) for name in order], "max"), strict=True)
+        )
         largest |= {name: -value for name, value in largest.items() if name.endswith("/min")}
         largest = {name: value if math.isfinite(value) else math.nan for name, value in largest.items()}
         kl = [means.pop(name) for name in ("image_kl", "text_kl") if name in means]

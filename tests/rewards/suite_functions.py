@@ -16,3 +16,7 @@ def broken(rollout):
 def longer_wins(rollout, pairs):
     lengths = [len(answer) for answer in rollout.texts.answers]
     return [float(lengths[first] > lengths[second]) for first, second in pairs]
+
+
+def of_drawings(rollout):
+    return NotImplemented if rollout.images is None else [0.25] * rollout.num_rows

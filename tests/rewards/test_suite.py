@@ -133,6 +133,14 @@ def test_an_extra_that_fails_voids_its_rows_and_is_told(make_suite, make_rollout
     assert "ZeroDivisionError" in scores.failures[f"{FUNCTIONS}:broken"]
 
 
+def test_an_extra_that_does_not_apply_is_left_out(make_suite, make_rollout):
+    suite = make_suite(extra={f"{FUNCTIONS}:of_drawings": 2.0})
+    texts = suite(make_rollout(ANSWERS, images=False))
+    assert set(texts.parts) == {"accuracy", "format"} and torch.equal(texts.total, ACCURACY + FORMAT)
+    both = suite(make_rollout(ANSWERS))
+    assert both.parts[f"{FUNCTIONS}:of_drawings"].tolist() == [0.25] * 4
+
+
 def test_an_extra_of_weight_0_is_only_logged(make_suite, make_rollout):
     scores = make_suite(extra={f"{FUNCTIONS}:broken": 0.0})(make_rollout(ANSWERS, images=False))
     assert scores.parts[f"{FUNCTIONS}:broken"].isnan().all()

@@ -60,7 +60,8 @@ class FailureLog:
 class UserRewards:
     """The rewards of `rewards.extra` and `rewards.pairwise`: `start(rollout)`, then `collect()`.
 
-    `extra` names functions of a rollout that return n numbers, None for a row without a score; `pairwise` functions
+    `extra` names functions of a rollout that return n numbers, None for a row without a score, or NotImplemented for a
+    rollout that they have nothing to say of, such as one without answers; `pairwise` functions
     of a rollout and pairs of rows that return the probability that the first of each pair is better (see
     `pairwise.win_rates`). They get the rollout on the CPU, pixels rounded to 1/255 and without vision features, and
     may raise, hang or crash: that step's rows are then NaN, and the failure is counted in `failures`.
@@ -110,7 +111,8 @@ class UserRewards:
                 worker.start(message, rollout.num_rows)
 
     def collect(self) -> dict[str, Result]:
-        """Wait for every reward, extra before pairwise, each in the order of the configuration.
+        """Wait for every reward, extra before pairwise, each in the order of the configuration; those that do not apply
+        to this rollout are left out.
 
         RewardFailure where one of them has failed too often.
         """
@@ -120,6 +122,8 @@ class UserRewards:
         results = {}
         for name, worker in self._workers.items():
             reply = worker.collect()
+            if not reply.applies:
+                continue
             pairs = self._pairs if worker.key == "rewards.pairwise" else None
             results[name] = _result(reply, num_rows, pairs)
             self.failures.record(name, results[name].failure)

@@ -30,6 +30,7 @@ class Reply(NamedTuple):
     values: torch.Tensor  # (count,) float32, NaN where there is no score; all NaN after a failure
     failure: str | None  # why the call failed, in one line
     seconds: float  # from `start` to the reply, a restart included
+    applies: bool = True  # False where the function has nothing to say of such rollouts
 
 
 class WorkerGone(Exception):
@@ -133,7 +134,7 @@ class RewardWorker:
 
     def _call(self, message: list[Any], count: int) -> None:
         started = time.monotonic()
-        values = torch.full((count,), torch.nan)
+        values, applies = torch.full((count,), torch.nan), True
         try:
             if self._child is None:
                 self._child = _Child(self.gpu)
@@ -142,12 +143,12 @@ class RewardWorker:
                     raise WorkerGone("closed")
                 self._import(self._child)
             header, parts = self._child.exchange(message, self.timeout)
-            failure = header["failure"]
+            failure, applies = header["failure"], header["applies"]
             values = torch.from_numpy(np.frombuffer(parts[0], np.float32))
         except (WorkerGone, UserError, OSError) as error:
             failure = str(error)
             self._drop_child()
-        self._reply = Reply(values, failure, time.monotonic() - started)
+        self._reply = Reply(values, failure, time.monotonic() - started, applies)
 
 
 class _Child:

@@ -160,16 +160,17 @@ def _call(function: Callable, file: str | None, parts: Sequence[bytearray]) -> l
     import torch
 
     request = json.loads(bytes(parts[0]))
-    failure, values = None, np.full(request["count"], np.nan, np.float32)
+    failure, applies, values = None, True, np.full(request["count"], np.nan, np.float32)
     try:
         rollout = unpack_rollout(parts[1:])
         pairs = request["pairs"]
         with torch.no_grad():
             returned = function(rollout) if pairs is None else function(rollout, [tuple(pair) for pair in pairs])
-            values = to_floats(returned, request["count"])
+            applies = returned is not NotImplemented
+            values = to_floats(returned, request["count"]) if applies else values
     except BaseException as error:  # also SystemExit: whatever the function does, the next step calls it again
         failure = describe(error, file)
-    return [json.dumps({"failure": failure}).encode(), values.data]
+    return [json.dumps({"failure": failure, "applies": applies}).encode(), values.data]
 
 
 def _serve(inbox: BinaryIO, outbox: BinaryIO) -> None:

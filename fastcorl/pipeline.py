@@ -122,7 +122,7 @@ class Run:
             if self.config.checkpoint.every and step % self.config.checkpoint.every == 0:
                 self._save_checkpoint(trainer, step)
         trained = trainer.engine.full_policy()
-        trainer.engine.close()
+        trainer.close()
         return trained
 
     def _choose_order(self, name: str) -> None:
@@ -153,7 +153,7 @@ class Run:
             for step in range(1, stage.probe_steps + 1):
                 trainer.train_step(step)
             scores = self._task_scores(trainer.engine.full_policy(), stage.order)
-            trainer.engine.close()
+            trainer.close()
             del trainer
             gc.collect()  # engine and policy refer to one another
             return scores

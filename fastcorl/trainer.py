@@ -34,6 +34,7 @@ from fastcorl.rollout import row_seed
 from fastcorl.runtime.distributed import Distributed
 from fastcorl.runtime.engine import learning_rate_at, make_engine
 from fastcorl.runtime.reference import Reference
+from fastcorl.runtime.step_hardware import StepHardware
 from fastcorl.runtime.step_metrics import StepMetrics
 from fastcorl.runtime.telemetry import PhaseTimer
 from fastcorl.tasks import TASKS
@@ -60,6 +61,13 @@ class Trainer:
         self.options = objective_options(config, stage, policy.num_image_tokens)
         self.pack_options = pack_options(config, guided=self.options.guided)
         self.objective = CoRLObjective(policy, self.options)
+        self.hardware = StepHardware(
+            policy,
+            policy.dtype,
+            ranks,
+            guided_sampling=config.rollout.guidance != 1,
+            guided_training=self.options.guided,
+        )
         self.engine = make_engine(self.objective, config.optimizer, config.deepspeed, ranks, launched=launched)
         policy = self.engine.full_policy()
         self.reference = Reference(policy, self.algorithm.reference) if needs_reference(config, stage) else None
@@ -86,6 +94,7 @@ class Trainer:
     def train_step(self, step: int, *, probe: bool = False) -> tuple[StepRecord, Rollout, Scores]:
         """Sample, score and update; `step` counts from 1. `probe` adds the cosine between the tasks' gradients."""
         draw, answer = self._modalities(step)
+        self.hardware.begin()
         with self.timer.phase("rollout"):
             self.engine.full_policy()  # under ZeRO 3 it refills the copy that is sampled with
         rollout, scores = self.collector.collect(step, draw=draw, answer=answer)
@@ -98,21 +107,31 @@ class Trainer:
         if self.options.beta:
             with self.timer.phase("reference"), self.reference.policy() as reference:
                 self._add_log_probs(reference, batches, "ref_log_probs")
-        with self.timer.phase("train"):
-            self._anchor(batches)
-            if probe and draw and answer:
+        self._anchor(batches)
+        if probe and draw and answer:
+            with self.timer.phase("probe"):
                 metrics.add_figures(gradient_cosine(self.objective, batches, totals, self.ranks.mean))
+        with self.timer.phase("train"):
             for iteration in range(self.algorithm.num_iterations):
                 self._update(step, batches, totals, metrics, first=iteration == 0)
-            if self.algorithm.num_iterations > 1:
+        if self.algorithm.num_iterations > 1:
+            with self.timer.phase("drift"):
                 self._measure_drift(batches, metrics)
-        record = metrics.record(self.name, step, self.stage.steps, self.timer.take(), self.ranks)
-        return record, rollout, scores
+        seconds = self.timer.take()
+        updates = self.algorithm.num_iterations
+        metrics.add_figures(self.hardware.figures(rollout, trained, seconds["train"], updates=updates))
+        return metrics.record(self.name, step, self.stage.steps, seconds, self.ranks), rollout, scores
+
+    def close(self) -> None:
+        """Free what the stage held; the engine's policy stays the caller's."""
+        self.hardware.close()
+        self.engine.close()
 
     def _anchor(self, batches: list[PackedBatch]) -> None:
         """Fix what ratios start from, where it is not the first update's own forward."""
         if self.algorithm.external:  # the ratio of rows of the data needs the policy's own
-            self._add_log_probs(self.engine.full_policy(), batches, "old_log_probs")
+            with self.timer.phase("anchor"):
+                self._add_log_probs(self.engine.full_policy(), batches, "old_log_probs")
         if self.algorithm.old_log_probs == "sampled":
             for rows in (rows for batch in batches for rows in (batch.image, batch.text) if rows is not None):
                 sampled = rows.sampled_log_probs

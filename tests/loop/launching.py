@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,11 @@ def run_deepspeed(*arguments: str, ranks: int, check: bool = True) -> subprocess
     """`deepspeed --num_gpus N fastcorl/train.py ...`"""
     if shutil.which("deepspeed", path=environment()["PATH"]) is None:
         pytest.skip("deepspeed is not installed")
-    return _run(["deepspeed", "--num_gpus", str(ranks), "fastcorl/train.py", *arguments], check)
+    with socket.socket() as probe:  # the launcher's own port may be another run's
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(port)]
+    return _run([*launcher, "fastcorl/train.py", *arguments], check)
 
 
 def read_metrics(run_folder: Path) -> list[dict]:

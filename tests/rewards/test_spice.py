@@ -94,7 +94,7 @@ def test_a_failed_batch_is_tried_again_in_a_fresh_process(make_spice, log, capti
 def test_a_batch_that_fails_twice_is_an_error_and_not_a_score(make_spice, caption, message):
     spice = make_spice(timeout=1.0)
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(UserError, match=message):
         spice([caption], ["a"])
     assert time.monotonic() - began < 10
     assert spice(["a"], ["a"]) == [1.0]  # and the next batch has a process again
@@ -277,7 +277,7 @@ def test_the_java_side_on_stubs_of_the_jar(tmp_path):
     scores = spice(["dog; red", "", "dog"], ["dog; blue", "dog", ""])
     assert scores[0] == 0.5 and math.isnan(scores[1]) and scores[2] == 0.0
     assert spice(["dog"], ["dog; red"]) == [pytest.approx(2 / 3)]
-    with pytest.raises(RuntimeError, match="spice: java.lang.IllegalStateException: bad caption"):
+    with pytest.raises(UserError, match="spice: java.lang.IllegalStateException: bad caption"):
         spice(["dog"], ["fail"])
     assert spice(["dog"], ["dog"]) == [1.0]  # the same process goes on
     # "a dog" when it starts, four captions, "dog; red" was known, "dog" was; the bad one

@@ -90,7 +90,7 @@ class Spice:
             return []
         scores = self._process.request({"pairs": distinct}).get("scores")
         if not isinstance(scores, list) or len(scores) != len(distinct):
-            raise RuntimeError(f"spice: {len(distinct)} scores were asked for, the reply has {scores!r}"[:300])
+            raise UserError(f"spice: {len(distinct)} scores were asked for, the reply has {scores!r}"[:300])
         score_of = {
             pair: math.nan if score is None else float(score) for pair, score in zip(distinct, scores, strict=True)
         }

@@ -16,26 +16,28 @@ from fastcorl.runtime.distributed import Distributed
 from fastcorl.trainer import Trainer
 
 OURS, BASELINE = "fastcorl", "plain trainer on transformers"
-GROUP_SIZE = 8
 STAGE = "unified"
 
 
 @dataclass(frozen=True)
 class StepProblem:
-    """A unified step on `prompts` prompts, `GROUP_SIZE` drawings and answers each.
+    """A unified step on `prompts` prompts, `group_size` drawings and answers each.
 
-    The quickstart's answers end by themselves, after 24 to 56 tokens; a model with random weights says no end.
+    The quickstart's answers end by themselves; those of a model with random weights do not. Our step without its
+    features is part of the first `feature_rounds` rounds only.
     """
 
     model: str
     prompts: int
+    group_size: int
     guidance: float
     max_new_tokens: int
     rounds: int
+    feature_rounds: int
 
     @property
     def rows(self) -> int:
-        return self.prompts * GROUP_SIZE
+        return self.prompts * self.group_size
 
     def policy(self) -> Policy:
         if self.model not in SIZES:
@@ -52,7 +54,7 @@ class StepProblem:
     def config(self, **packing) -> Config:
         return Config(
             rollout={"guidance": self.guidance, "max_new_tokens": self.max_new_tokens},
-            algorithm={"group_size": GROUP_SIZE},
+            algorithm={"group_size": self.group_size},
             packing=packing,
             stages={STAGE: {"task": "unified", "prompts_per_step": self.prompts}},
         )
@@ -77,7 +79,7 @@ class StepProblem:
         janus.set_attn_implementation("sdpa")
         optimizer = self.config().optimizer
         settings = PlainSettings(
-            group_size=GROUP_SIZE,
+            group_size=self.group_size,
             guidance=self.guidance,
             max_new_tokens=self.max_new_tokens,
             learning_rate=optimizer.learning_rate,
@@ -90,8 +92,8 @@ class StepProblem:
 
 
 PROBLEMS = {
-    "quickstart": StepProblem("quickstart", 8, guidance=1.0, max_new_tokens=56, rounds=5),
-    "91M": StepProblem("91M", 1, guidance=5.0, max_new_tokens=64, rounds=2),
+    "quickstart": StepProblem("quickstart", 8, 8, guidance=1.0, max_new_tokens=56, rounds=3, feature_rounds=2),
+    "91M": StepProblem("91M", 1, 4, guidance=5.0, max_new_tokens=48, rounds=2, feature_rounds=1),
 }
 
 

@@ -6,14 +6,13 @@ No end token ends an answer, on either side, so that everyone decodes the same n
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoModelForImageTextToText, JanusConfig, JanusProcessor, LlamaConfig
-from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
+from transformers import AutoModelForImageTextToText, JanusProcessor
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 from fastcorl.data import PromptData, load_rows
 from fastcorl.model import Policy, PromptEncoder, load_policy
 from fastcorl.model.attention import IMPLEMENTATION
-from fastcorl.quickstart.warm_start.architecture import CHAT_TEMPLATE, IMAGE, generation_config, make_tokenizer
+from fastcorl.quickstart.warm_start.architecture import CHAT_TEMPLATE, generation_config, join_configs, make_tokenizer
 
 GROUP_SIZE = 8
 GUIDANCE = 5.0
@@ -132,31 +131,18 @@ def _random_policy(size, device):
 
 
 def _config(size, tokenizer):
-    text = LlamaConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.hidden,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.heads,
-        max_position_embeddings=2048,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
-    )
-    vision = JanusVisionConfig(
-        image_size=size.grid * size.patch,
-        patch_size=size.patch,
-        num_image_tokens=size.grid**2,
-        projection_dim=size.hidden,
+    text = {
+        "vocab_size": size.vocabulary,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.heads,
+        "max_position_embeddings": 2048,
+    }
+    vision = {
+        "image_size": size.grid * size.patch,
+        "patch_size": size.patch,
+        "num_image_tokens": size.grid**2,
         **size.vision,
-    )
-    vq = JanusVQVAEConfig(projection_dim=size.hidden, image_token_embed_dim=size.hidden, **size.vq)
-    return JanusConfig(
-        text_config=text,
-        vision_config=vision,
-        vq_config=vq,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        tie_word_embeddings=False,
-    )
+    }
+    return join_configs(tokenizer, size.hidden, text=text, vision=vision, vq=size.vq)

@@ -11,6 +11,8 @@ from fastcorl.config_base import Count, NonNegative, Positive, PositiveInt, Sect
 from fastcorl.config_data import DataConfig, check_columns
 from fastcorl.config_rewards import RewardsConfig
 
+BLOCK_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 class LoraConfig(Section):
     """Adapters on the backbone's linear layers (LoRA, arXiv 2106.09685) instead of training the whole backbone."""
@@ -19,18 +21,15 @@ class LoraConfig(Section):
     """Rank of the adapters; 0 trains all weights."""
     alpha: Positive = 32.0
     """Adapters are scaled by alpha / rank."""
-    targets: list[str] = Field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
+    targets: list[str] = Field(default_factory=lambda: list(BLOCK_LAYERS))
     """Layers of each block that get one."""
 
     @field_validator("targets")
     @classmethod
     def _targets_are_layers(cls, targets: list[str]) -> list[str]:
-        known = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         for name in targets:
-            if name not in known:
-                raise ValueError(f"{name!r} is no linear layer of a block ({', '.join(known)})")
+            if name not in BLOCK_LAYERS:
+                raise ValueError(f"{name!r} is no linear layer of a block ({', '.join(BLOCK_LAYERS)})")
         if not targets:
             raise ValueError("must name at least one layer")
         return targets

@@ -88,13 +88,11 @@ class RewardsConfig(Section):
 
     @model_validator(mode="after")
     def _parts_have_their_files(self) -> "RewardsConfig":
-        image = self.weight("cycle") > 0 or self.weight("perceptual") > 0
-        text = self.caption_similarity if self.weight("cycle") > 0 or self.weight("caption") > 0 else []
-        lpips = image and self.image_similarity.startswith("lpips")
+        measure, captions = self.image_measure, self.caption_measures
         needs = [
-            (lpips, "lpips_trunk", f"image_similarity {self.image_similarity}"),
-            ("bertscore" in text, "bert", "caption_similarity bertscore"),
-            ("sentence" in text, "sentence_encoder", "caption_similarity sentence"),
+            ((measure or "").startswith("lpips"), "lpips_trunk", f"image_similarity {measure}"),
+            ("bertscore" in captions, "bert", "caption_similarity bertscore"),
+            ("sentence" in captions, "sentence_encoder", "caption_similarity sentence"),
             (self.weight("clip") > 0, "clip", "the reward clip"),
         ]
         for needed, key, why in needs:
@@ -105,3 +103,13 @@ class RewardsConfig(Section):
     def weight(self, name: str) -> float:
         """Weight of a reward of ours, without `answer_weight`."""
         return self.weights.get(name, DEFAULT_WEIGHTS[name])
+
+    @property
+    def image_measure(self) -> ImageSimilarity | None:
+        """`image_similarity`, where a reward with a weight asks for it."""
+        return self.image_similarity if self.weight("cycle") or self.weight("perceptual") else None
+
+    @property
+    def caption_measures(self) -> list[CaptionSimilarity]:
+        """`caption_similarity`, where a reward with a weight asks for it."""
+        return self.caption_similarity if self.weight("cycle") or self.weight("caption") else []

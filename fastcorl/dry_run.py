@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,19 +14,20 @@ from transformers.utils import logging as transformers_logging
 from fastcorl.config import Config, StageConfig
 from fastcorl.data import BadRow, Needs, PromptLengths, examine, open_stream
 from fastcorl.data.catalog import public_data
-from fastcorl.data.sampler import check_world
 from fastcorl.errors import UserError
+from fastcorl.evaluation import load_scorer
 from fastcorl.memory import STAGES, estimate, workload
 from fastcorl.model import Policy, PromptEncoder
 from fastcorl.model.known import known_config
 from fastcorl.model.loading import empty_policy, load_encoder, resolve
 from fastcorl.parts import check_stages, kl_weight, needs_reference
-from fastcorl.pipeline import check_folders
 from fastcorl.plugins import load_object
+from fastcorl.run_data import Source, check_pair_column, evaluation_needs, source_of
 from fastcorl.runtime.engine import engine_name
-from fastcorl.tasks import TASKS, expand, uses
+from fastcorl.tasks import expand, uses
 
 GPUS = (1, 2, 4, 8)
+TRUNK_FILES = {"lpips_vgg": "vgg16-397923af.pth", "lpips_alex": "alexnet-owt-7be5be79.pth"}
 
 
 def describe_run(config: Config) -> None:
@@ -51,25 +51,17 @@ class DryRun:
         config = self.config
         engine_name(config.deepspeed, launched="WORLD_SIZE" in os.environ)
         check_stages(config, self.stages, self.world_size)
-        check_folders(self.stages)
-        for name, stage in self.stages.items():
-            if stage.task != "merge":
-                check_world(name, stage.prompts_per_step, self.world_size)
-        if config.evaluation.scorer:
-            load_object(config.evaluation.scorer, "evaluation.scorer")()
+        load_scorer(config.evaluation.scorer, "evaluation.scorer")
         self._print_stages()
         policy, encoder = self._model()
-        for source, stages in self._sources():
-            tasks = [TASKS[stage.task] for stage in stages]
-            needs = Needs(any(task.draws for task in tasks), any(task.answers for task in tasks))
-            types = {kind for task in tasks if task.answers for kind in task.question_types}
+        for (source, columns), stages in self._readers().items():
             count = max(stage.prompts_per_step for stage in stages)
-            self._print_batch("data.train", source, stages[0].columns, needs, types, count, encoder)
+            used = uses(stages)
+            needs = Needs(used.draws, used.answers)
+            self._print_batch("data.train", source, dict(columns), needs, used.only_type, count, encoder)
         if config.data.held_out is not None:
-            needs = Needs(draw=config.evaluation.scorer is not None, answer=True)
-            tasks = [TASKS[stage.task] for stage in self.stages.values() if stage.task != "merge"]
-            types = {kind for task in tasks if task.answers for kind in task.question_types}
-            self._print_batch("data.held_out", config.data.held_out, config.data.columns, needs, types, 8, encoder)
+            needs, kind = evaluation_needs(config), uses(self.stages.values()).only_type
+            self._print_batch("data.held_out", config.data.held_out, config.data.columns, needs, kind, 8, encoder)
         self._check_rewards()
         self._print_memory(policy)
         for line in self.missing:
@@ -110,16 +102,13 @@ class DryRun:
         )
         return policy, encoder
 
-    def _sources(self) -> Iterator[tuple[str, list[StageConfig]]]:
-        """Each source of training rows once, with the stages that read it."""
-        readers: dict[tuple, list[StageConfig]] = {}
+    def _readers(self) -> dict[Source, list[StageConfig]]:
+        """The stages that read each source of training rows."""
+        readers: dict[Source, list[StageConfig]] = {}
         for stage in self.stages.values():
             if stage.task != "merge":
-                columns = self.config.data.columns if stage.columns is None else stage.columns
-                key = (stage.data or self.config.data.train, tuple(sorted(columns.items())))
-                readers.setdefault(key, []).append(stage)
-        for (source, columns), stages in readers.items():
-            yield source, [stage.model_copy(update={"columns": dict(columns)}) for stage in stages]
+                readers.setdefault(source_of(self.config, stage), []).append(stage)
+        return readers
 
     def _print_batch(
         self,
@@ -127,7 +116,7 @@ class DryRun:
         source: str,
         columns: dict[str, str],
         needs: Needs,
-        types: set[str],
+        question_type: str | None,
         count: int,
         encoder: PromptEncoder | None,
     ) -> None:
@@ -142,7 +131,7 @@ class DryRun:
                 needs=needs,
                 split=data.split,
                 revision=data.revision,
-                question_type=next(iter(types)) if len(types) == 1 else None,
+                question_type=question_type,
             )
             read = list(examine(islice(rows.numbered(), count), rows.schema, lengths))
         except UserError as error:
@@ -150,8 +139,8 @@ class DryRun:
                 raise
             self.missing.append(f"{error}")
             return
-        if self.config.algorithm.pair_similarity and key == "data.train" and "pair_similarity" not in rows.schema.names:
-            raise UserError(f"{rows.source}: algorithm.pair_similarity needs a column pair_similarity")
+        if key == "data.train":
+            check_pair_column(self.config, rows)
         bad = [row for row in read if isinstance(row, BadRow)]
         if len(bad) == len(read):
             raise UserError(f"{bad[0]} (and all {len(read)} rows of the first batch)")
@@ -168,9 +157,9 @@ class DryRun:
         for key, names in (("rewards.extra", rewards.extra), ("rewards.pairwise", rewards.pairwise)):
             for name in names:
                 load_object(name, key)
-        if not uses(self.stages).draws:
+        if not uses(self.stages.values()).draws:
             return
-        if "tuples" in rewards.caption_similarity:
+        if "tuples" in rewards.caption_measures:
             load_object(rewards.caption_tuples, "rewards.caption_tuples")
         for judge in judges(self.config):
             if judge.path and not Path(judge.path).exists():
@@ -223,15 +212,14 @@ def judges(config: Config) -> list[Judge]:
     """What the rewards of `config` read besides the policy."""
     rewards, hub = config.rewards, "fetched from the hub when the run starts"
     found = []
-    if rewards.captioner not in ("policy", "quickstart"):
+    if rewards.caption_measures and rewards.captioner not in ("policy", "quickstart"):
         found.append(Judge("rewards.captioner", rewards.captioner, hub))
-    if rewards.image_similarity.startswith("lpips"):
-        file = {"lpips_vgg": "vgg16-397923af.pth", "lpips_alex": "alexnet-owt-7be5be79.pth"}[rewards.image_similarity]
-        remedy = f"get https://download.pytorch.org/models/{file}"
+    if rewards.image_measure in TRUNK_FILES:
+        remedy = f"get https://download.pytorch.org/models/{TRUNK_FILES[rewards.image_measure]}"
         found.append(Judge("rewards.lpips_trunk", rewards.lpips_trunk, remedy))
-    if "bertscore" in rewards.caption_similarity:
+    if "bertscore" in rewards.caption_measures:
         found.append(Judge("rewards.bert", rewards.bert, hub))
-    if "sentence" in rewards.caption_similarity:
+    if "sentence" in rewards.caption_measures:
         found.append(Judge("rewards.sentence_encoder", rewards.sentence_encoder, hub))
     if rewards.weight("clip"):
         found.append(Judge("rewards.clip", rewards.clip, hub))

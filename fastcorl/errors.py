@@ -15,6 +15,12 @@ class UserError(Exception):
     local = False
 
 
+class LocalError(UserError):
+    """A UserError that one rank alone meets."""
+
+    local = True
+
+
 @contextmanager
 def main_guard() -> Iterator[None]:
     """Print a UserError as one line and exit with code 2; of several ranks only the first prints.

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastcorl.errors import UserError
+from fastcorl.plugins import load_object
 from fastcorl.records import Prompt, Rollout
 from fastcorl.rewards import AccuracyReward, FormatReward, RewardSuite
 from fastcorl.rollout import RolloutEngine, SamplingParams
@@ -13,6 +15,16 @@ from fastcorl.runtime.distributed import Distributed
 PROMPTS_AT_ONCE = 64
 
 DrawingScorer = Callable[[list[str], torch.Tensor], dict[str, float]]
+
+
+def load_scorer(spec: str | None, key: str) -> DrawingScorer | None:
+    """The judge of drawings that `spec`, a `module:class`, makes; `key` is the setting that errors point to."""
+    if not spec:
+        return None
+    scorer = load_object(spec, key)()
+    if not callable(scorer):
+        raise UserError(f"{key} {spec}: makes a {type(scorer).__name__}, which cannot be called")
+    return scorer
 
 
 def evaluate(
@@ -30,10 +42,8 @@ def evaluate(
     over all answers, `mc` and `oe` by question type, `format`, and `unfinished`, the answers cut at the limit. The
     prompts are shared out among the ranks; the same dictionary is returned on every rank.
     """
-    mine = prompts[ranks.rank :: ranks.world_size]
-    parts = [mine[start : start + PROMPTS_AT_ONCE] for start in range(0, len(mine), PROMPTS_AT_ONCE)]
     captions, pixels, answers = [], [], []
-    for part in parts:
+    for part in _portions(prompts, ranks):
         for rollout in _rollouts(engine, part, params, seed, draw=scorer is not None):
             if rollout.images is not None:
                 captions += [prompt.caption for prompt in rollout.prompts]
@@ -46,6 +56,13 @@ def evaluate(
         drawn = torch.cat([found for _, found, _ in gathered if found is not None])
         scores |= scorer([caption for found, _, _ in gathered for caption in found], drawn.float() / 255)
     return scores | _answer_scores([answer for _, _, found in gathered for answer in found])
+
+
+def _portions(prompts: Sequence[Prompt], ranks: Distributed) -> Iterator[Sequence[Prompt]]:
+    """This rank's prompts, as many at a time as are sampled together."""
+    mine = prompts[ranks.rank :: ranks.world_size]
+    for start in range(0, len(mine), PROMPTS_AT_ONCE):
+        yield mine[start : start + PROMPTS_AT_ONCE]
 
 
 def _rollouts(
@@ -74,8 +91,7 @@ def drawing_reward(
 ) -> float | None:
     """Mean reward of drawings of the prompts with a caption, over all ranks; None where none has a reward. A group has
     at least two, so that judges of pairs have something to compare."""
-    mine = [prompt for prompt in prompts if prompt.caption][ranks.rank :: ranks.world_size]
-    parts = [mine[start : start + PROMPTS_AT_ONCE] for start in range(0, len(mine), PROMPTS_AT_ONCE)]
+    parts = _portions([prompt for prompt in prompts if prompt.caption], ranks)
     totals = [rewards(engine.generate(part, group_size, params, answer=False, seed=seed)).total for part in parts]
     known = [value for total in totals for value in total[total.isfinite()].tolist()]
     total, count = ranks.reduce([sum(known), float(len(known))])

@@ -14,6 +14,7 @@ from fastcorl.records import ImageSamples, Prompt, Rollout, Scores, TextSamples
 from fastcorl.rewards import RewardSuite, to_pixels
 from fastcorl.rollout import RolloutEngine, SamplingParams, interleave, join_groups, take_groups
 from fastcorl.runtime.distributed import Distributed
+from fastcorl.runtime.step_metrics import group_ranges
 from fastcorl.runtime.telemetry import PhaseTimer
 from fastcorl_kernels import group_advantages
 
@@ -62,10 +63,7 @@ class Collector:
 
 def flat_groups(total: torch.Tensor, group_size: int) -> torch.Tensor:
     """(P,) bool: whose rewards tell nothing, being equal, or known of fewer than two rows."""
-    groups = total.view(-1, group_size)
-    known = groups.isfinite()
-    low = groups.masked_fill(~known, torch.inf).amin(1)
-    high = groups.masked_fill(~known, -torch.inf).amax(1)
+    low, high = group_ranges(total, total.isfinite(), group_size)
     return ~(high > low)
 
 

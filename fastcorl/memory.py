@@ -6,6 +6,7 @@ import torch
 
 from fastcorl.config import Config, StageConfig
 from fastcorl.model import Policy
+from fastcorl.tasks import TASKS
 from fastcorl_kernels.chunking import workspace_rows
 
 GIB = 2**30
@@ -30,7 +31,7 @@ def workload(config: Config, stage: StageConfig, policy: Policy, world_size: int
     """The workload of a rank in `stage`; `prompt_tokens` is the length of a long prompt."""
     prompts = -(-stage.prompts_per_step // world_size)
     rows = prompts * (stage.group_size or config.algorithm.group_size)
-    draws, answers = stage.task in ("unified", "alternate", "t2i"), stage.task != "t2i"
+    draws, answers, _ = TASKS[stage.task]
     sampled = (policy.num_image_tokens if draws else 0, config.rollout.max_new_tokens if answers else 0)
     trained = (rows + prompts * config.algorithm.external) * sum(sampled) + prompts * prompt_tokens
     return Workload(

@@ -12,11 +12,10 @@ from transformers.utils import logging as transformers_logging
 from fastcorl.algorithm import merge_state_dicts
 from fastcorl.config import Config, StageConfig
 from fastcorl.errors import UserError
-from fastcorl.evaluation import drawing_reward, evaluate
+from fastcorl.evaluation import drawing_reward, evaluate, load_scorer
 from fastcorl.model import Policy, load_policy, save_policy
 from fastcorl.ordering import best_order, measure_transfer
 from fastcorl.parts import check_stages, reward_suite, rollout_engine, sampling_params
-from fastcorl.plugins import load_object
 from fastcorl.rewards import RewardModels
 from fastcorl.run_data import RunData
 from fastcorl.runtime import distributed
@@ -49,12 +48,10 @@ class Run:
     def __init__(self, config: Config, ranks: distributed.Distributed, *, launched: bool):
         self.config, self.ranks, self.launched = config, ranks, launched
         self.stages = expand(config)
-        scorer = config.evaluation.scorer
-        self.scorer = load_object(scorer, "evaluation.scorer")() if scorer else None
+        self.scorer = load_scorer(config.evaluation.scorer, "evaluation.scorer")
         check_stages(config, self.stages, ranks.world_size)
-        check_folders(self.stages)
         self.start_policy = self._load("model")
-        self.models = RewardModels(config.rewards, ranks.device, draws=uses(self.stages).draws)
+        self.models = RewardModels(config.rewards, ranks.device, draws=uses(self.stages.values()).draws)
         self.data = RunData(config, self.stages, self.start_policy, self.models.caption_problem, ranks)
         self.folder = RunFolder(config)
         self.checkpoint = self.folder.resume_from(config.resume)
@@ -166,7 +163,7 @@ class Run:
         config = self.config
         engine = rollout_engine(config, policy)
         params = sampling_params(config, guidance=config.evaluation.guidance)
-        prompts = self.data.held_out_prompts(config.evaluation.num_prompts)
+        prompts = self.data.held_out_prompts()
         scores = evaluate(engine, prompts, params, None, ranks=self.ranks)
         found = {"mm2t": scores.get("accuracy"), "mc": scores.get("mc"), "oe": scores.get("oe")}
         if "t2i" in tasks:
@@ -188,7 +185,7 @@ class Run:
         """Held-out scores of both abilities, printed and kept in scores.json."""
         config = self.config
         params = sampling_params(config, guidance=config.evaluation.guidance)
-        prompts = self.data.held_out_prompts(config.evaluation.num_prompts)
+        prompts = self.data.held_out_prompts()
         scores = evaluate(rollout_engine(config, policy), prompts, params, self.scorer, ranks=self.ranks)
         self.scores = [entry for entry in self.scores if entry["stage"] != label]
         self.scores.append({"stage": label, "scores": scores})
@@ -308,14 +305,6 @@ class Run:
             stage, step = position.stage, position.step
             self.folder.abandon_after(position.global_step, remaining)
         self.telemetry.truncate_after(order, stage, step)
-
-
-def check_folders(stages: dict[str, StageConfig]) -> None:
-    """Raise UserError where a model that is named by folder is not there."""
-    for name, stage in stages.items():
-        for source in (stage.init, *stage.merge):
-            if source not in stages and source != "model" and not Path(source).is_dir():
-                raise UserError(f"stages.{name}: there is no model folder {source!r}")
 
 
 def describe_lora(config: Config) -> str:

@@ -1,6 +1,6 @@
 """The data of a run: what is held out, what each stage trains on, and what is wrong with rows."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastcorl.config import Config, StageConfig
@@ -23,12 +23,14 @@ from fastcorl.data import (
     load_rows,
     open_stream,
 )
-from fastcorl.data.sampler import check_world
 from fastcorl.errors import UserError
 from fastcorl.model import Policy
 from fastcorl.records import Prompt
 from fastcorl.runtime.distributed import Distributed
-from fastcorl.tasks import TASKS
+from fastcorl.tasks import TASKS, uses
+
+Source = tuple[str, tuple[tuple[str, str], ...]]
+"""A data set as the user names it, and its columns."""
 
 
 class RunData:
@@ -54,19 +56,17 @@ class RunData:
         self.trained = {name: stage for name, stage in stages.items() if stage.task != "merge"}
         self.quarantines: dict[str, Quarantine] = {}
         self.lengths: list[PromptLengths] = []
-        self._sources: dict[tuple, tuple[Rows | RowStream, Quarantine, PromptCheck]] = {}
-        self._held: dict[tuple, tuple[Sequence[Prompt], frozenset[str]]] = {}
+        self._sources: dict[Source, tuple[Rows | RowStream, Quarantine, PromptCheck]] = {}
+        self._held: dict[Source, tuple[Sequence[Prompt], frozenset[str]]] = {}
         for name, stage in self.trained.items():
-            check_world(name, stage.prompts_per_step, ranks.world_size)
-        for name, stage in self.trained.items():
-            self.prompts(name, stage).check(ranks.world_size)
+            self.prompts(name, stage)  # to find what is wrong with any of them
         self.held_out = self._held_out()
         self._check_longest()
 
     def prompts(self, name: str, stage: StageConfig) -> PromptSource:
         """What `stage` trains on, in the order of its steps."""
         config, types = self.config, TASKS[stage.task].question_types
-        key = self._key(stage)
+        key = source_of(config, stage)
         rows, quarantine, check = self._open(key)
         excluded = self._reserved(key)[1] if config.data.held_out is None and key == self._first() else frozenset()
         common = {"seed": config.seed, "stage": name, "prompts_per_step": stage.prompts_per_step, "types": types}
@@ -76,8 +76,9 @@ class RunData:
             return MapPrompts(rows, **common, check_prompt=None if looked_at else check)
         return StreamPrompts(rows, **common, check_prompt=check, shuffle_buffer=config.data.shuffle_buffer)
 
-    def held_out_prompts(self, most: int) -> list[Prompt]:
-        """The first `most` held-out prompts, or as many as there are."""
+    def held_out_prompts(self) -> list[Prompt]:
+        """Those of an evaluation, or as many as there are."""
+        most = self.config.evaluation.num_prompts
         return [self.held_out[index] for index in range(min(most, len(self.held_out)))]
 
     def notes(self) -> list[str]:
@@ -90,36 +91,23 @@ class RunData:
         for quarantine in self.quarantines.values():
             quarantine.write_to(path)
 
-    def _key(self, stage: StageConfig | None = None) -> tuple:
-        """A source and its columns: a stage's, or those of the section data."""
-        data = self.config.data
-        columns = data.columns if stage is None or stage.columns is None else stage.columns
-        return (stage and stage.data) or data.train, tuple(sorted(columns.items()))
-
-    def _needs(self, key: tuple) -> Needs:
+    def _needs(self, key: Source) -> Needs:
         """What any stage that reads this source needs of it; of one that none reads, what evaluation does."""
-        readers = [TASKS[stage.task] for stage in self._readers(key)]
-        if not readers:
-            return Needs(draw=self.config.evaluation.scorer is not None, answer=True)
-        return Needs(any(task.draws for task in readers), any(task.answers for task in readers))
+        used = uses(self._readers(key))
+        return Needs(used.draws, used.answers) if self._readers(key) else evaluation_needs(self.config)
 
-    def _readers(self, key: tuple) -> list[StageConfig]:
-        return [stage for stage in self.trained.values() if self._key(stage) == key]
+    def _readers(self, key: Source) -> list[StageConfig]:
+        return [stage for stage in self.trained.values() if source_of(self.config, stage) == key]
 
-    def _question_type(self, key: tuple) -> str | None:
-        """The type of questions where rows do not say it: the one that all stages of the source ask for."""
-        return _only_type(self._readers(key))
-
-    def _open(self, key: tuple) -> tuple[Rows | RowStream, Quarantine, PromptCheck]:
+    def _open(self, key: Source) -> tuple[Rows | RowStream, Quarantine, PromptCheck]:
         data = self.config.data
         if key not in self._sources:
             source, columns = key[0], dict(key[1])
             options = {"split": data.split, "revision": data.revision, "needs": self._needs(key)}
-            options["question_type"] = self._question_type(key)
+            options["question_type"] = uses(self._readers(key)).only_type
             open_rows = open_stream if data.streaming else load_rows
             rows = open_rows(source, columns, "data.train", **options)
-            if self.config.algorithm.pair_similarity and "pair_similarity" not in rows.schema.names:
-                raise UserError(f"{rows.source}: algorithm.pair_similarity needs a column pair_similarity")
+            check_pair_column(self.config, rows)
             quarantine, problem = self._checks(str(key), options["needs"])
             # Rows that are only held out are looked at when they are taken.
             if isinstance(rows, Rows) and data.check_rows == "all" and self._readers(key):
@@ -143,11 +131,11 @@ class RunData:
 
         return quarantine, problem
 
-    def _first(self) -> tuple:
+    def _first(self) -> Source:
         """The source that held-out rows are taken from: the first stage's."""
-        return self._key(next(iter(self.trained.values()), None))
+        return source_of(self.config, next(iter(self.trained.values()), None))
 
-    def _reserved(self, key: tuple) -> tuple[Sequence[Prompt], frozenset[str]]:
+    def _reserved(self, key: Source) -> tuple[Sequence[Prompt], frozenset[str]]:
         if key not in self._held:
             data = self.config.data
             rows, quarantine, check = self._open(key)
@@ -165,9 +153,9 @@ class RunData:
         data, most = self.config.data, self.config.evaluation.num_prompts
         if data.held_out is None:
             return self._reserved(self._first())[0]
-        needs = Needs(draw=self.config.evaluation.scorer is not None, answer=True)
+        needs = evaluation_needs(self.config)
         options = {"split": data.split, "revision": data.revision, "needs": needs}
-        options["question_type"] = _only_type(self.trained.values())
+        options["question_type"] = uses(self.trained.values()).only_type
         rows = load_rows(data.held_out, data.columns, "data.held_out", **options)
         quarantine, problem = self._checks("data.held_out", needs)
         good: list[Prompt] = []
@@ -201,7 +189,19 @@ class RunData:
             raise UserError(f"packing.tokens {config.packing.tokens} must hold the longest sequence, {needed} tokens")
 
 
-def _only_type(stages: Iterable[StageConfig]) -> str | None:
-    """The question type that all answering stages ask for, if it is one."""
-    tasks = {stage.task for stage in stages} - {"t2i"}
-    return {("mc",): "MC", ("oe",): "OE"}.get(tuple(tasks))
+def source_of(config: Config, stage: StageConfig | None = None) -> Source:
+    """What a stage trains on: its own data and columns, or those of the section data."""
+    data = config.data
+    columns = data.columns if stage is None or stage.columns is None else stage.columns
+    return (stage and stage.data) or data.train, tuple(sorted(columns.items()))
+
+
+def evaluation_needs(config: Config) -> Needs:
+    """What held-out rows are for."""
+    return Needs(draw=config.evaluation.scorer is not None, answer=True)
+
+
+def check_pair_column(config: Config, rows: Rows | RowStream) -> None:
+    """Raise UserError where advantages are to be multiplied by a column that the rows do not have."""
+    if config.algorithm.pair_similarity and "pair_similarity" not in rows.schema.names:
+        raise UserError(f"{rows.source}: algorithm.pair_similarity needs a column pair_similarity")

@@ -1,5 +1,6 @@
 """What stages train. Imports no torch."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from fastcorl.config import Config, StageConfig
@@ -12,6 +13,11 @@ class Task(NamedTuple):
     draws: bool
     answers: bool
     question_types: tuple[str, ...]
+
+    @property
+    def only_type(self) -> str | None:
+        """The type of all questions, where it is one."""
+        return self.question_types[0] if len(self.question_types) == 1 else None
 
 
 TASKS = {
@@ -48,7 +54,8 @@ def expand(config: Config) -> dict[str, StageConfig]:
     return stages
 
 
-def uses(stages: dict[str, StageConfig]) -> Task:
-    """What any of the stages samples."""
-    tasks = [TASKS[stage.task] for stage in stages.values() if stage.task != "merge"]
-    return Task(any(task.draws for task in tasks), any(task.answers for task in tasks), ("MC", "OE"))
+def uses(stages: Iterable[StageConfig]) -> Task:
+    """What any of the stages samples; of questions only the types that are asked for."""
+    tasks = [TASKS[stage.task] for stage in stages if stage.task != "merge"]
+    asked = {kind for task in tasks if task.answers for kind in task.question_types}
+    return Task(any(task.draws for task in tasks), any(task.answers for task in tasks), tuple(sorted(asked)))

@@ -6,11 +6,9 @@ import torch
 
 from fastcorl.algorithm import (
     CoRLObjective,
+    Packer,
     StepTotals,
-    count_micro_batches,
-    count_sequences,
     gradient_cosine,
-    pack_rollout,
     packed_log_probs,
 )
 from fastcorl.config import Config, StageConfig
@@ -63,7 +61,6 @@ class Trainer:
         self.objective = CoRLObjective(policy, self.options)
         self.hardware = StepHardware(
             policy,
-            policy.dtype,
             ranks,
             guided_sampling=config.rollout.guidance != 1,
             guided_training=self.options.guided,
@@ -179,14 +176,14 @@ class Trainer:
         return None if budget is None else budget // ranks.world_size + (ranks.rank < budget % ranks.world_size)
 
     def _pack(self, rollout: Rollout, advantages: torch.Tensor) -> list[PackedBatch]:
-        count, sequences = count_micro_batches(rollout, self.pack_options), count_sequences(rollout, self.pack_options)
-        most, fewest = self.ranks.reduce([float(count), -float(sequences)], "max")
+        packer = Packer(rollout, self.pack_options)
+        most, fewest = self.ranks.reduce([float(len(packer.bins)), -float(len(packer.sequences))], "max")
         if most > -fewest:
             raise UserError(
                 f"a rank has {-fewest:.0f} sequences for {most:.0f} micro-batches: "
                 f"raise packing.tokens, prompts_per_step or algorithm.token_budget"
             )
-        return pack_rollout(rollout, advantages, self.pack_options, min_micro_batches=int(most))
+        return packer.pack(advantages, min_micro_batches=int(most))
 
     def _totals(self, rollout: Rollout) -> StepTotals:
         num_rows = float(rollout.num_rows)

@@ -10,10 +10,8 @@ from transformers import (
     JanusConfig,
     JanusForConditionalGeneration,
     JanusProcessor,
-    LlamaConfig,
     PreTrainedTokenizerFast,
 )
-from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 from fastcorl.algorithm import ObjectiveOptions
@@ -30,6 +28,7 @@ from fastcorl.quickstart.warm_start.architecture import (
     ROLES,
     SPECIAL_TOKENS,
     generation_config,
+    join_configs,
 )
 from fastcorl.records import Prompt
 
@@ -94,47 +93,32 @@ def make_processor(*, use_default_system_prompt: bool = False) -> JanusProcessor
 
 def janus_config() -> JanusConfig:
     tokenizer = make_tokenizer()
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,  # Janus-Pro has as many as query heads; fewer is the harder case
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
-    )
-    vision = JanusVisionConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=IMAGE_SIZE,
-        patch_size=4,
-        mlp_ratio=2.0,
-        num_image_tokens=NUM_IMAGE_TOKENS,
-        projection_dim=HIDDEN_SIZE,
-    )
-    vq = JanusVQVAEConfig(
-        embed_dim=8,
-        num_embeddings=NUM_CODES,
-        latent_channels=32,
-        base_channels=32,
-        channel_multiplier=[1, 1, 1],
-        num_res_blocks=1,
-        num_patches=4,
-        projection_dim=HIDDEN_SIZE,
-        image_token_embed_dim=HIDDEN_SIZE,
-    )
-    return JanusConfig(
-        text_config=text,
-        vision_config=vision,
-        vq_config=vq,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        tie_word_embeddings=False,
-    )
+    text = {
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,  # Janus-Pro has as many as query heads; fewer is the harder case
+        "max_position_embeddings": 512,
+    }
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 4,
+        "mlp_ratio": 2.0,
+        "num_image_tokens": NUM_IMAGE_TOKENS,
+    }
+    vq = {
+        "embed_dim": 8,
+        "num_embeddings": NUM_CODES,
+        "latent_channels": 32,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1, 1],
+        "num_res_blocks": 1,
+        "num_patches": 4,
+    }
+    return join_configs(tokenizer, HIDDEN_SIZE, text=text, vision=vision, vq=vq)
 
 
 @torch.no_grad()

@@ -4,16 +4,16 @@ from fastcorl.algorithm.budget import budget_lengths
 from fastcorl.algorithm.gradients import gradient_cosine
 from fastcorl.algorithm.merge import gaussian_merge, merge_state_dicts
 from fastcorl.algorithm.objective import CoRLObjective, ObjectiveOptions, StepTotals, packed_log_probs
-from fastcorl.algorithm.packing import PackOptions, count_micro_batches, count_sequences, pack_rollout
+from fastcorl.algorithm.packing import Packer, PackOptions, count_micro_batches, pack_rollout
 
 __all__ = [
     "CoRLObjective",
     "ObjectiveOptions",
     "PackOptions",
+    "Packer",
     "StepTotals",
     "budget_lengths",
     "count_micro_batches",
-    "count_sequences",
     "gaussian_merge",
     "gradient_cosine",
     "merge_state_dicts",

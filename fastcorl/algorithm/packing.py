@@ -38,6 +38,27 @@ class _Sequence:
         return 2 * length if self.uncond_prompt else length
 
 
+class Packer:
+    """Splits a rollout into micro-batches of at most `options.tokens` positions, of nearly equal size."""
+
+    def __init__(self, rollout: Rollout, options: PackOptions):
+        self.rollout, self.options = rollout, options
+        self.sequences = _sequences(rollout, options)
+        self.bins = assign([sequence.num_tokens for sequence in self.sequences], options.tokens)
+
+    def pack(self, advantages: torch.Tensor, *, min_micro_batches: int = 1) -> list[PackedBatch]:
+        """
+        Args:
+            advantages: (n,) float32, one per row; drawing and answer of a row share it.
+            min_micro_batches: other ranks may need more micro-batches than this one; all must run the same number.
+        """
+        bins = self.bins
+        if min_micro_batches > len(bins):
+            lengths = [sequence.num_tokens for sequence in self.sequences]
+            bins = assign(lengths, self.options.tokens, min_micro_batches)
+        return [_pack([self.sequences[i] for i in chosen], self.rollout, advantages, self.options) for chosen in bins]
+
+
 def pack_rollout(
     rollout: Rollout,
     advantages: torch.Tensor,
@@ -45,26 +66,13 @@ def pack_rollout(
     *,
     min_micro_batches: int = 1,
 ) -> list[PackedBatch]:
-    """Split a rollout into micro-batches of at most `options.tokens` positions, of nearly equal size.
-
-    Args:
-        advantages: (n,) float32, one per row; drawing and answer of a row share it.
-        min_micro_batches: other ranks may need more micro-batches than this one; all must run the same number.
-    """
-    sequences = _sequences(rollout, options)
-    bins = assign([sequence.num_tokens for sequence in sequences], options.tokens, min_micro_batches)
-    return [_pack([sequences[i] for i in chosen], rollout, advantages, options) for chosen in bins]
+    """The micro-batches of a rollout; see `Packer`."""
+    return Packer(rollout, options).pack(advantages, min_micro_batches=min_micro_batches)
 
 
 def count_micro_batches(rollout: Rollout, options: PackOptions) -> int:
     """How many micro-batches `pack_rollout` makes of this rollout on its own."""
-    lengths = [sequence.num_tokens for sequence in _sequences(rollout, options)]
-    return len(assign(lengths, options.tokens))
-
-
-def count_sequences(rollout: Rollout, options: PackOptions) -> int:
-    """How many sequences this rollout has to pack."""
-    return len(_sequences(rollout, options))
+    return len(Packer(rollout, options).bins)
 
 
 def assign(lengths: list[int], capacity: int, min_bins: int = 1) -> list[list[int]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fastcorl.commands.shared import check_flag, load, writable_file
+from fastcorl.commands.shared import check_flag, load, make_params, writable_file
 from fastcorl.config_data import check_columns, check_templates
 from fastcorl.errors import UserError
 
@@ -51,8 +51,7 @@ class Evaluate:
     device: str = "auto"
 
     def run(self) -> None:
-        from fastcorl.plugins import load_object
-        from fastcorl.rollout import SamplingParams
+        from fastcorl.evaluation import load_scorer
         from fastcorl.runtime.report import score_table
 
         if self.num_prompts < 1:
@@ -63,17 +62,13 @@ class Evaluate:
         check_flag("--templates", check_templates, self.templates)
         if self.out:
             writable_file("--out", self.out, ".json")
-        try:
-            params = SamplingParams(self.temperature, self.guidance, self.max_new_tokens)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        params = make_params(self.temperature, guidance=self.guidance, max_new_tokens=self.max_new_tokens)
         spec = self.scorer
         if spec == "auto":
             spec = QUICKSTART_SCORER if self.data == QUICKSTART_ROWS else None
-        scorer = load_object(spec, "--scorer")() if spec else None
-        if scorer is not None and not callable(scorer):
-            raise UserError(f"--scorer {spec}: makes a {type(scorer).__name__}, which cannot be called")
-        entries = [{"stage": model, "scores": self._score(model, params, scorer)} for model in self.model]
+        scorer = load_scorer(spec, "--scorer")
+        rows = self._rows(draw=scorer is not None)
+        entries = [{"stage": model, "scores": self._score(model, rows, params, scorer)} for model in self.model]
         if len(entries) == 1:
             for name, value in entries[0]["scores"].items():
                 print(f"{name:<10}{100 * value:6.1f} %")
@@ -86,26 +81,31 @@ class Evaluate:
             )
             self.out.with_suffix(".md").write_text(score_table(entries))
 
-    def _score(self, model: str, params, scorer) -> dict[str, float]:
+    def _rows(self, *, draw: bool):
+        from fastcorl.data import Needs, load_rows, open_stream
+
+        needs = Needs(draw=draw, answer=True)
+        options = {"needs": needs, "question_type": self.questions, "split": self.split, "revision": self.revision}
+        return (open_stream if self.streaming else load_rows)(self.data, self.columns, "--data", **options)
+
+    def _score(self, model: str, rows, params, scorer) -> dict[str, float]:
         """Of one model, which is gone from memory afterwards."""
         from fastcorl.evaluation import evaluate
         from fastcorl.rollout import RolloutEngine
         from fastcorl.runtime.distributed import Distributed
 
         policy = load(model, self.device, templates=self.templates)
-        prompts = self._prompts(policy, draw=scorer is not None)
+        prompts = self._prompts(rows, policy)
         ranks = Distributed(0, 1, policy.device)
         engine = RolloutEngine(policy, weight_version=0)
         return evaluate(engine, prompts, params, scorer, ranks=ranks, seed=self.seed)
 
-    def _prompts(self, policy, *, draw: bool) -> "list[Prompt]":
-        from fastcorl.data import BadRow, Needs, PromptLengths, evaluation_order, examine, load_rows, open_stream
+    def _prompts(self, rows, policy) -> "list[Prompt]":
+        """Those that this model can take."""
+        from fastcorl.data import BadRow, PromptLengths, evaluation_order, examine
 
-        needs = Needs(draw=draw, answer=True)
-        options = {"needs": needs, "question_type": self.questions, "split": self.split, "revision": self.revision}
-        rows = (open_stream if self.streaming else load_rows)(self.data, self.columns, "--data", **options)
         room = policy.janus.config.text_config.max_position_embeddings - self.max_new_tokens
-        lengths = PromptLengths(policy.encoder, room, needs, "the room that --max-new-tokens leaves")
+        lengths = PromptLengths(policy.encoder, room, rows.schema.needs, "the room that --max-new-tokens leaves")
         numbered = rows.numbered() if self.streaming else rows.numbered(evaluation_order(rows))
         good, bad = [], []
         for read in examine(numbered, rows.schema, lengths):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastcorl.commands.shared import load, writable_folder
+from fastcorl.commands.shared import load, make_params, writable_folder
 from fastcorl.errors import UserError
 
 
@@ -39,17 +39,14 @@ class ExportDrawings:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
         from fastcorl.exports import export_drawings
-        from fastcorl.rollout import RolloutEngine, SamplingParams
+        from fastcorl.rollout import RolloutEngine
 
         part = re.fullmatch(r"(\d+)/(\d+)", self.part)
         if part is None:
             raise UserError(f"--part {self.part}: must be i/n, as 0/8")
         if self.drawings_at_once < 1:
             raise UserError(f"--drawings-at-once {self.drawings_at_once}: must be at least 1")
-        try:
-            params = SamplingParams(self.temperature, self.guidance)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        params = make_params(self.temperature, guidance=self.guidance)
         writable_folder("--out", self.out)
         engine = RolloutEngine(load(self.model, self.device), weight_version=0)
         console = Console(stderr=True)

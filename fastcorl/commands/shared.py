@@ -38,14 +38,19 @@ def writable_folder(flag: str, path: Path) -> Path:
 
 def sampling_params(command, **settings: float):
     """The command's flags as sampling parameters."""
-    from fastcorl.rollout import SamplingParams
-
     for name in ("num", "max_rows"):
         value = getattr(command, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    return make_params(command.temperature, top_k=command.top_k, top_p=command.top_p, **settings)
+
+
+def make_params(temperature: float, **settings: float):
+    """SamplingParams; what they do not allow is the user's mistake."""
+    from fastcorl.rollout import SamplingParams
+
     try:
-        return SamplingParams(command.temperature, top_k=command.top_k, top_p=command.top_p, **settings)
+        return SamplingParams(temperature, **settings)
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -9,14 +9,12 @@ from transformers import (
     JanusConfig,
     JanusForConditionalGeneration,
     JanusProcessor,
-    LlamaConfig,
     PreTrainedTokenizerFast,
 )
-from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 from fastcorl.model.loading import QUICKSTART_WEIGHTS
-from fastcorl.quickstart.warm_start.architecture import CHAT_TEMPLATE, IMAGE, TAGS, generation_config
+from fastcorl.quickstart.warm_start.architecture import CHAT_TEMPLATE, TAGS, generation_config, join_configs
 
 IMAGE_SIZE, PATCH_SIZE = 384, 16
 NUM_IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -47,46 +45,31 @@ def _make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def janus_config(tokenizer: PreTrainedTokenizerFast) -> JanusConfig:
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        max_position_embeddings=16384,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
-    )
-    vision = JanusVisionConfig(
-        hidden_size=VISION_SIZE,
-        num_hidden_layers=6,
-        num_attention_heads=3,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        num_image_tokens=NUM_IMAGE_TOKENS,
-        projection_dim=HIDDEN_SIZE,
-    )
-    vq = JanusVQVAEConfig(
-        embed_dim=8,
-        num_embeddings=CODEBOOK_SIZE,
-        latent_channels=64,
-        base_channels=32,
-        channel_multiplier=[1, 1, 2, 2, 4],
-        num_res_blocks=1,
-        num_patches=IMAGE_SIZE // PATCH_SIZE,
-        projection_dim=HIDDEN_SIZE,
-        image_token_embed_dim=HIDDEN_SIZE,
-    )
-    return JanusConfig(
-        text_config=text,
-        vision_config=vision,
-        vq_config=vq,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        tie_word_embeddings=False,
-    )
+    text = {
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "max_position_embeddings": 16384,
+    }
+    vision = {
+        "hidden_size": VISION_SIZE,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 3,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+        "num_image_tokens": NUM_IMAGE_TOKENS,
+    }
+    vq = {
+        "embed_dim": 8,
+        "num_embeddings": CODEBOOK_SIZE,
+        "latent_channels": 64,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1, 2, 2, 4],
+        "num_res_blocks": 1,
+        "num_patches": IMAGE_SIZE // PATCH_SIZE,
+    }
+    return join_configs(tokenizer, HIDDEN_SIZE, text=text, vision=vision, vq=vq)
 
 
 @torch.no_grad()

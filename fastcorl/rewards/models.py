@@ -37,23 +37,19 @@ class RewardModels:
         self.caption_similarities: list[CaptionSimilarity] = []
         self.clip: ClipScore | None = None
         if draws:
-            if config.weight("cycle") or config.weight("perceptual"):
-                self._load_image_similarity(config, device)
-            if config.weight("cycle") or config.weight("caption"):
+            if config.image_measure not in (None, "vq"):
+                self.image_similarity = make_image_similarity(
+                    config.image_measure,
+                    vq_encoder=None,
+                    trunk=config.lpips_trunk,
+                    heads=config.lpips_heads,
+                    device=device,
+                )
+            if config.caption_measures:
                 self._load_captions(config, device)
             if config.weight("clip"):
                 self.clip = ClipScore(config.clip, device)
         self.users = UserRewards(config.extra, config.pairwise, timeout=config.timeout, gpu=config.extra_on_gpu)
-
-    def _load_image_similarity(self, config: RewardsConfig, device: torch.device | str) -> None:
-        if config.image_similarity != "vq":
-            self.image_similarity = make_image_similarity(
-                config.image_similarity,
-                vq_encoder=None,
-                trunk=config.lpips_trunk,
-                heads=config.lpips_heads,
-                device=device,
-            )
 
     def _load_captions(self, config: RewardsConfig, device: torch.device | str) -> None:
         if config.captioner != POLICY:
@@ -67,7 +63,7 @@ class RewardModels:
             "jaccard": lambda: jaccard,
             "soft_jaccard": lambda: soft_jaccard,
         }
-        self.names = list(config.caption_similarity)
+        self.names = list(config.caption_measures)
         self.caption_similarities = [makers[name]() for name in self.names]
 
     def caption_problem(self, caption: str) -> str | None:

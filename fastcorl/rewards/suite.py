@@ -46,7 +46,7 @@ class RewardSuite:
         self.cycle: CycleReward | None = None
         self.drawing_rewards: dict[str, Reward] = {}
         perceptual = caption = None
-        if config.weight("cycle") or config.weight("perceptual"):
+        if config.image_measure:
             similarity = models.image_similarity or make_image_similarity(
                 "vq", vq_encoder=policy.janus.model.vqmodel.encoder
             )

@@ -1,6 +1,5 @@
 """What a step made of the hardware: useful operations over the peak, energy, memory."""
 
-import torch
 from torch import nn
 
 from fastcorl.records import Rollout
@@ -20,7 +19,6 @@ class StepHardware:
     def __init__(
         self,
         policy: nn.Module,
-        dtype: torch.dtype,
         ranks: Distributed,
         *,
         guided_sampling: bool,
@@ -29,7 +27,7 @@ class StepHardware:
         self.ranks = ranks
         self.guided_sampling, self.guided_training = guided_sampling, guided_training
         self.meter = HardwareMeter(ranks.device)
-        self.peak = device_peak(ranks.device, dtype)
+        self.peak = device_peak(ranks.device, policy.dtype)
         self.shape = ModelShape.of(policy)
 
     def begin(self) -> None:

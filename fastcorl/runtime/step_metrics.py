@@ -12,6 +12,13 @@ from fastcorl.runtime.telemetry import peak_memory_gib
 TOKEN_MEANS = ("entropy", "kl", "clip_fraction")
 
 
+def group_ranges(values: torch.Tensor, known: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and greatest of the `known` ones of (n,) values in each group, (n / group_size,); inf and -inf where there
+    is none, so that a group tells something exactly where the greatest is over the least."""
+    groups, unknown = values.view(-1, group_size), ~known.view(-1, group_size)
+    return groups.masked_fill(unknown, torch.inf).amin(1), groups.masked_fill(unknown, -torch.inf).amax(1)
+
+
 class StepMetrics:
     """Collects sums and weights under names; `record` divides one by the other over all ranks."""
 
@@ -45,12 +52,10 @@ class StepMetrics:
         known = values.isfinite() & sampled
         self._add(f"{name}/unscored", float((sampled & ~known).sum()), int(sampled.sum()))
         self._add(f"reward/{name}", float(values[known].sum()), int(known.sum()))
-        groups, scored = values.view(-1, group_size), known.view(-1, group_size)
-        low = groups.masked_fill(~scored, torch.inf).amin(1)
-        high = groups.masked_fill(~scored, -torch.inf).amax(1)
+        low, high = group_ranges(values, known, group_size)
         # The least value is kept as the largest of the negatives; infinite where no row has a value.
         self._largest |= {f"{name}/max": float(high.max()), f"{name}/min": -float(low.min())}
-        self._add(f"{name}/flat", float((~(high > low)).sum()), len(groups))
+        self._add(f"{name}/flat", float((~(high > low)).sum()), len(low))
 
     def add(self, batch: PackedBatch, losses: dict, *, on_policy: bool) -> None:
         """Figures of one micro-batch: `losses` are its GRPOLoss by modality; `on_policy` before the first update."""

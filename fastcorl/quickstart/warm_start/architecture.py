@@ -5,6 +5,8 @@ Everything is in the transformers format with Janus-Pro's special tokens and pro
 """
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -92,52 +94,70 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> JanusProcessor:
     return JanusProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE, num_image_tokens=NUM_IMAGE_TOKENS)
 
 
+# 8 x 8 tokens of a 256 x 8 codebook; the group norms of Janus's VQ ask for multiples of 32 channels.
+VQ_SIZES = {
+    "embed_dim": 8,
+    "num_embeddings": 256,
+    "latent_channels": 32,
+    "base_channels": 32,
+    "channel_multiplier": [1, 1, 2],
+    "num_res_blocks": 1,
+    "num_patches": 8,
+}
+
+
 def vq_config() -> JanusVQVAEConfig:
-    """8 x 8 tokens of a 256 x 8 codebook; the group norms of Janus's VQ ask for multiples of 32 channels."""
-    return JanusVQVAEConfig(
-        embed_dim=8,
-        num_embeddings=256,
-        latent_channels=32,
-        base_channels=32,
-        channel_multiplier=[1, 1, 2],
-        num_res_blocks=1,
-        num_patches=8,
-        projection_dim=HIDDEN_SIZE,
-        image_token_embed_dim=HIDDEN_SIZE,
+    return _vq_config(HIDDEN_SIZE, VQ_SIZES)
+
+
+def _vq_config(hidden_size: int, sizes: Mapping[str, Any]) -> JanusVQVAEConfig:
+    return JanusVQVAEConfig(projection_dim=hidden_size, image_token_embed_dim=hidden_size, **sizes)
+
+
+def join_configs(
+    tokenizer: PreTrainedTokenizerFast,
+    hidden_size: int,
+    *,
+    text: Mapping[str, Any],
+    vision: Mapping[str, Any],
+    vq: Mapping[str, Any],
+) -> JanusConfig:
+    """A Janus of parts of these sizes; what they must agree on, widths and special tokens, is filled in."""
+    agreed = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": False,
+    }
+    return JanusConfig(
+        text_config=LlamaConfig(**agreed | text),
+        vision_config=JanusVisionConfig(projection_dim=hidden_size, **vision),
+        vq_config=_vq_config(hidden_size, vq),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        tie_word_embeddings=False,
     )
 
 
 def janus_config(tokenizer: PreTrainedTokenizerFast) -> JanusConfig:
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
-    )
-    vision = JanusVisionConfig(
-        hidden_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=IMAGE_SIZE,
-        patch_size=4,
-        mlp_ratio=3.0,
-        num_image_tokens=NUM_IMAGE_TOKENS,
-        projection_dim=HIDDEN_SIZE,
-    )
-    return JanusConfig(
-        text_config=text,
-        vision_config=vision,
-        vq_config=vq_config(),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        tie_word_embeddings=False,
-    )
+    text = {
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "max_position_embeddings": 512,
+    }
+    vision = {
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 4,
+        "mlp_ratio": 3.0,
+        "num_image_tokens": NUM_IMAGE_TOKENS,
+    }
+    return join_configs(tokenizer, HIDDEN_SIZE, text=text, vision=vision, vq=VQ_SIZES)
 
 
 def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:

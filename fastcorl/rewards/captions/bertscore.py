@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from transformers.utils import cached_file
 
 from fastcorl.errors import UserError
-from fastcorl.rewards.captions.captioner import load_model, loading
+from fastcorl.rewards.checkpoints import load_model, loading
 
 # The layers that bert_score's authors found to agree best with human judgement, by the last part of a model's name.
 BEST_LAYERS = {

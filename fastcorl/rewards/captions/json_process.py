@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from fastcorl.errors import UserError
+from fastcorl.errors import LocalError, UserError
 
 KEPT_LINES = 20  # of what the program writes to stderr
 
@@ -49,9 +49,9 @@ class JsonProcess:
             try:
                 reply = self._ask(message)
             except ProcessFailure as failure:
-                raise _local(f"{self.name}: {failure}") from None
+                raise LocalError(f"{self.name}: {failure}") from None
         if "error" in reply:
-            raise _local(f"{self.name}: {reply['error']}")
+            raise LocalError(f"{self.name}: {reply['error']}")
         return reply
 
     def close(self) -> None:
@@ -168,10 +168,3 @@ def _end(process: subprocess.Popen, owner: int) -> None:
     process.wait()
     with suppress(OSError, ValueError):
         process.stdin.close()
-
-
-def _local(message: str) -> UserError:
-    """A failure that this rank alone knows of."""
-    error = UserError(message)
-    error.local = True
-    return error

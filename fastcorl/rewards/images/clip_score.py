@@ -10,7 +10,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from fastcorl.errors import UserError
 from fastcorl.records import Rollout
-from fastcorl.rewards.captions.captioner import check_model_type, load_model, loading
+from fastcorl.rewards.checkpoints import check_model_type, load_model, loading
 
 _MODES = {Resampling.BILINEAR: "bilinear", Resampling.BICUBIC: "bicubic"}
 

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from fastcorl.errors import UserError
+from fastcorl.errors import LocalError, UserError
 from fastcorl.records import Rollout
 from fastcorl.rewards.users.pairwise import group_pairs, win_rates
 from fastcorl.rewards.users.worker import Reply, RewardWorker
 from fastcorl.rewards.users.worker_process import pack_rollout
 
 
-class RewardFailure(UserError):
+class RewardFailure(LocalError):
     """A user's reward fails so often that training on would mean training without it."""
-
-    local = True
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,11 @@ rehearsal: install
 	if [ -x $(BIN)/deepspeed ]; then run="deepspeed --num_gpus 2"; else run=python; fi; \
 	$$run fastcorl/train.py --config configs/rehearsal.yaml $(ARGS)
 
+# Two processes, a file of tests at a time, one thread each: threads of both would wait for one another.
+JOBS ?= 2
+test: export OMP_NUM_THREADS = 1
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

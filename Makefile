@@ -40,8 +40,8 @@ check: install
 RESULTS ?= runs/bench
 PARTS ?= kernels rollout step
 rollout := bench/bench_rollout.py
-step := bench/bench_step.py
-kernels := bench --ignore=$(rollout) --ignore=$(step)
+step := bench/bench_step.py bench/bench_scaling.py
+kernels := bench $(addprefix --ignore=,$(rollout) $(step))
 bench: MARK := not gpu
 bench-gpu: MARK := gpu
 bench-gpu: PARTS = kernels rollout

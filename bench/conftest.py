@@ -1,10 +1,14 @@
-"""Which machine and which versions the numbers belong to."""
+"""Which machine and which versions the numbers belong to, and one table of ratios at the end."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+import pytest
 import torch
 
+from bench.summary import entries_in, ratio_table
+
+ENTRIES = pytest.StashKey[list]()
 PACKAGES = ("torch", "transformers", "triton", "liger-kernel", "trl", "nvidia-cutlass-dsl", "pytest-benchmark")
 
 
@@ -28,3 +32,19 @@ def _version(name):
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+@pytest.fixture(autouse=True)
+def _entries_are_kept(request):
+    yield
+    benchmark = request.node.funcargs.get("benchmark")
+    if benchmark is not None:
+        request.config.stash.setdefault(ENTRIES, []).extend(entries_in(benchmark.extra_info))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    entries = config.stash.get(ENTRIES, [])
+    if entries:
+        terminalreporter.section("ratios")
+        for line in ratio_table(entries):
+            terminalreporter.write_line(line)

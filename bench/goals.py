@@ -1,4 +1,4 @@
-"""What the kernels and the rollout are to reach, checked against the entries of one run."""
+"""What kernels, rollout and step are to reach, checked against the entries of one run."""
 
 from dataclasses import dataclass
 
@@ -32,11 +32,14 @@ MEASURES = {
     "TB/s": ("≥", lambda ours, _: ours["rate"] / 1e12),
     "times as fast as": ("≥", lambda ours, rival: rival["ratio_to_ours"]),
     "extra memory /": ("≤", lambda ours, rival: ours["extra_mib"] / rival["extra_mib"]),
+    "time per sample /": ("≤", lambda ours, rival: rival["rate"] / ours["rate"]),
+    "efficiency": ("≥", lambda ours, _: ours["efficiency"]),
     "share of the floor": ("≥", lambda ours, _: 1 / ours["ratio_to_floor"]),
     "images/s": ("≥", lambda ours, _: ours["rate"]),
     "tokens/s": ("≥", lambda ours, _: ours["rate"]),
 }
 
+PLAIN = "plain trainer on transformers"
 WHOLE, SINGLE = "transformers, whole batch", "transformers, prompt by prompt"
 
 GOALS = (
@@ -80,6 +83,16 @@ GOALS = (
     Goal("rollout", "Janus-Pro-1B, 128 answers", "floor", "tokens/s", 45_000.0),
     Goal("rollout", "Janus-Pro-1B, 128 answers", "floor", "share of the floor", 0.7),
     Goal("rollout", "Janus-Pro-1B, mixed", "fastcorl, two calls", "times as fast as", 1.2),
+    *(
+        Goal("step", model, PLAIN, measure, bound)
+        for model in ("quickstart", "91M")
+        for measure, bound in (("times as fast as", 4.0), ("extra memory /", 0.5))
+    ),
+    *(
+        Goal("step", f"quickstart, {count} samples", "quickstart, 16 samples", "time per sample /", 1.05)
+        for count in (64, 256)
+    ),
+    Goal("scaling", "quickstart, 2 ranks", "1 rank", "efficiency", 0.85),
 )
 
 

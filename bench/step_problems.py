@@ -10,6 +10,7 @@ from bench.rollout_problems import SIZES, make_policy
 from fastcorl.config import Config
 from fastcorl.data import PromptData, load_rows
 from fastcorl.model import Policy, load_policy
+from fastcorl.model.lean_layers import use_lean
 from fastcorl.records import Prompt
 from fastcorl.rewards import RewardModels
 from fastcorl.runtime.distributed import Distributed
@@ -32,6 +33,7 @@ class StepProblem:
     group_size: int
     guidance: float
     max_new_tokens: int
+    pack_tokens: int
     rounds: int
     feature_rounds: int
 
@@ -52,6 +54,7 @@ class StepProblem:
         return [rows[index] for index in range(self.prompts)]
 
     def config(self, **packing) -> Config:
+        packing = {"tokens": self.pack_tokens, **packing}
         return Config(
             rollout={"guidance": self.guidance, "max_new_tokens": self.max_new_tokens},
             algorithm={"group_size": self.group_size},
@@ -60,7 +63,8 @@ class StepProblem:
         )
 
     def trainer(self, policy: Policy, **packing) -> Trainer:
-        """Ours, on `policy`."""
+        """Ours, on `policy`, which gets the modules that a run takes by default."""
+        use_lean(policy.backbone)
         config = self.config(**packing)
         return Trainer(
             config,
@@ -92,8 +96,10 @@ class StepProblem:
 
 
 PROBLEMS = {
-    "quickstart": StepProblem("quickstart", 8, 8, guidance=1.0, max_new_tokens=56, rounds=3, feature_rounds=2),
-    "91M": StepProblem("91M", 1, 4, guidance=5.0, max_new_tokens=48, rounds=2, feature_rounds=1),
+    "quickstart": StepProblem(
+        "quickstart", 8, 8, guidance=1.0, max_new_tokens=56, pack_tokens=1024, rounds=3, feature_rounds=2
+    ),
+    "91M": StepProblem("91M", 1, 4, guidance=5.0, max_new_tokens=48, pack_tokens=512, rounds=2, feature_rounds=1),
 }
 
 

@@ -5,7 +5,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from bench.goals import goal_rows
+from bench.goals import OURS, goal_rows
 
 HEADER = """| shape | provider | median | / floor | / fastcorl | rate | extra MiB | error |
 |---|---|--:|--:|--:|--:|--:|--:|"""
@@ -15,6 +15,9 @@ ROLLOUT_HEADER = """| shape | provider | median | rate | / fastcorl | of floor |
 
 STEP_HEADER = """| shape | provider | median | samples/s | / fastcorl | rollout | score | train | peak MiB | extra MiB |
 |---|---|--:|--:|--:|--:|--:|--:|--:|--:|"""
+
+SCALING_HEADER = """| shape | provider | median | / fastcorl | efficiency | communication | rollout | score | train |
+|---|---|--:|--:|--:|--:|--:|--:|--:|"""
 
 GOALS_HEADER = """| op | shape | goal | measured | |
 |---|---|---|--:|---|"""
@@ -32,6 +35,10 @@ A step goes from prompts to updated weights. `/ fastcorl` is a median of ratios 
 padded forwards with whole logits and the vision tower for every answer (bench/baselines). Without packing each sequence
 is a micro-batch of its own; without vision reuse the training forward runs the tower for every answer; without mixed
 rollout drawings and answers are sampled one after the other; without fused loss torch's autograd sees whole logits."""
+
+SCALING_LEGEND = """
+`efficiency` of a provider is the time of a step on one rank alone over the provider's with as many samples on each
+rank, less `communication`, the time in which two ranks add as many numbers as there are gradients."""
 
 KERNELS_LEGEND = """
 `/ floor` and `/ fastcorl` are medians of ratios within one round, in which the floor, fastcorl and the provider run one
@@ -102,11 +109,42 @@ def step_row(entry):
     return "| " + " | ".join(cells) + " |"
 
 
+def scaling_row(entry):
+    cells = (
+        entry["shape"],
+        entry["provider"],
+        duration(entry["median_s"]),
+        f"{entry['ratio_to_ours']:.2f}",
+        f"{entry['efficiency']:.2f}",
+        duration(entry["communication_s"]) if entry["communication_s"] else "",
+        *(duration(entry["phases_s"][name]) for name in ("rollout", "score", "train")),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
 LAYOUTS = {
     "rollout": (ROLLOUT_HEADER, rollout_row, ROLLOUT_LEGEND),
     "step": (STEP_HEADER, step_row, STEP_LEGEND),
+    "scaling": (SCALING_HEADER, scaling_row, SCALING_LEGEND),
 }
 KERNELS = (HEADER, row, KERNELS_LEGEND)
+
+
+RATIOS_HEADER = """| op | shape | fastcorl | share of the floor | times as fast as |
+|---|---|--:|--:|---|"""
+
+
+def ratio_table(entries):
+    """All ops in one table: our time, what part of it the floor takes, and how much longer each of the others."""
+    yield RATIOS_HEADER
+    for (op, shape), group in groupby(entries, key=lambda entry: (entry["op"], entry["shape"])):
+        by_provider = {entry["provider"]: entry for entry in group}
+        ours = by_provider.pop(OURS, None)
+        if ours is None:
+            continue
+        share = f"{1 / ours['ratio_to_floor']:.2f}" if "ratio_to_floor" in ours else ""
+        others = ", ".join(f"{entry['ratio_to_ours']:.2f} {provider}" for provider, entry in by_provider.items())
+        yield f"| {op} | {shape} | {duration(ours['median_s'])} | {share} | {others} |"
 
 
 def tables(entries):
@@ -120,12 +158,16 @@ def tables(entries):
 def entries_of(result):
     """Each benchmark holds one entry, or those of all its providers."""
     for benchmark in result["benchmarks"]:
-        yield from benchmark["extra_info"].get("entries", [benchmark["extra_info"]])
+        yield from entries_in(benchmark["extra_info"])
+
+
+def entries_in(extra_info):
+    return extra_info.get("entries", [extra_info] if extra_info else [])
 
 
 def legends(entries):
     used = {LAYOUTS.get(entry["op"], KERNELS)[2] for entry in entries}
-    return [legend for legend in (KERNELS_LEGEND, ROLLOUT_LEGEND, STEP_LEGEND) if legend in used]
+    return [legend for legend in (KERNELS_LEGEND, ROLLOUT_LEGEND, STEP_LEGEND, SCALING_LEGEND) if legend in used]
 
 
 def main(paths):

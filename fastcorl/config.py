@@ -40,9 +40,39 @@ class ModelConfig(Section):
     """Folder or hub name of a Janus in the transformers format; "quickstart" is the shipped one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights in forward and backward; the optimizer keeps float32 copies of bfloat16 weights."""
-    gradient_checkpointing: bool = False
-    """Recompute each block in backward to save memory."""
+    gradient_checkpointing: bool | Count | Literal["auto"] = False
+    """Recompute each block in backward to save memory. A number does so for the first so many blocks, "auto" for as
+    many as a GPU's free memory asks for."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's RMSNorm, RoPE and SwiGLU in the backbone, on CUDA; auto takes those that work there, and on a CPU ours,
+    which keep less for backward than transformers'."""
+    compile: bool = False
+    """Compile the backbone's blocks with torch.compile, which makes the first step take a minute or more."""
+    attention: Literal["auto", "flash_attn", "xformers", "torch", "flex", "sdpa"] = "auto"
+    """What computes attention in packs; auto takes the first that works on the device, on a CPU sdpa."""
     lora: LoraConfig = LoraConfig()
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _text_is_read(cls, value: Any) -> Any:
+        """From the command line; pydantic would take 1 for true."""
+        if isinstance(value, str):
+            known = {"true": True, "false": False}
+            value = int(value) if value.isdecimal() else known.get(value.lower(), value)
+        if not (isinstance(value, bool) or value == "auto" or (isinstance(value, int) and value >= 0)):
+            raise ValueError(f"must be true, false, auto or a number of blocks, got {value!r}")
+        return value
+
+    @field_validator("liger", mode="before")
+    @classmethod
+    def _yaml_reads_on_as_true(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _blocks_are_fused_once(self) -> "ModelConfig":
+        if self.compile and self.liger == "on":
+            raise ValueError("liger on and compile exclude one another: torch.compile fuses the same by itself")
+        return self
 
 
 class RolloutConfig(Section):
@@ -60,6 +90,14 @@ class RolloutConfig(Section):
     """Rows decoded side by side on each rank, two per guided drawing; null decodes all at once."""
     kv_cache_tokens: PositiveInt | None = None
     """Tokens that the KV cache of a rank holds at once; null holds what the step needs."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Decode and score finished drawings while answers go on, in a thread that works on while the reference's log-probs
+    are computed; auto does so on CUDA. Scores are the same."""
+
+    @field_validator("overlap", mode="before")
+    @classmethod
+    def _yaml_reads_on_as_true(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class AlgorithmConfig(Section):

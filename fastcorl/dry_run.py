@@ -185,6 +185,10 @@ class DryRun:
                 if count != self.world_size and found[count]:
                     table.add_row(f"total on {count}", *(f"{value:.2f}" for value in found[count]["total"]))
             self.console.print(table)
+        if self.config.model.gradient_checkpointing == "auto":
+            self.console.print(
+                "activations: with nothing recomputed; auto recomputes blocks where that does not fit", style="dim"
+            )
         self.console.print(
             "KV cache: for all rows at once; sampling takes half of the free memory at most", style="dim"
         )

@@ -1,7 +1,8 @@
 """What a step learns from: sampled groups, their scores and their advantages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -11,7 +12,7 @@ from fastcorl.config import AlgorithmConfig
 from fastcorl.data import PromptSource
 from fastcorl.model import Policy
 from fastcorl.records import ImageSamples, Prompt, Rollout, Scores, TextSamples
-from fastcorl.rewards import RewardSuite, to_pixels
+from fastcorl.rewards import RewardSuite, Scoring, to_pixels
 from fastcorl.rollout import RolloutEngine, SamplingParams, interleave, join_groups, take_groups
 from fastcorl.runtime.distributed import Distributed
 from fastcorl.runtime.step_metrics import group_ranges
@@ -20,7 +21,8 @@ from fastcorl_kernels import group_advantages
 
 
 class Collector:
-    """Samples and scores the groups of a step. `seed` identifies the run and the stage."""
+    """Samples and scores the groups of a step. `seed` identifies the run and the stage. With `overlap` drawings are
+    scored beside what follows them."""
 
     def __init__(
         self,
@@ -33,32 +35,58 @@ class Collector:
         seed: tuple,
         ranks: Distributed,
         timer: PhaseTimer,
+        *,
+        overlap: bool = False,
     ):
         self.config, self.prompts, self.engine, self.rewards = config, prompts, engine, rewards
         self.params, self.group_size, self.seed, self.ranks, self.timer = params, group_size, seed, ranks, timer
+        self.overlap = overlap
 
-    def collect(self, step: int, *, draw: bool, answer: bool) -> tuple[Rollout, Scores]:
-        """This rank's part of a step. Groups whose rewards are all equal are replaced by other prompts' for as many
-        rounds as `dynamic_sampling` says (DAPO, arXiv 2503.14476); what stays equal after them stays."""
+    def collect(self, step: int, *, draw: bool, answer: bool) -> tuple[Rollout, Callable[[], Scores]]:
+        """This rank's part of a step, and a call that waits for its scores.
+
+        Groups whose rewards are all equal are replaced by other prompts' for as many rounds as `dynamic_sampling` says
+        (DAPO, arXiv 2503.14476); what stays equal after them stays."""
         rank, world = self.ranks.rank, self.ranks.world_size
         prompts = self.prompts.take(step, rank, world)
-        rollout, scores = self._sample(prompts, (*self.seed, step), draw=draw, answer=answer)
+        rollout, scoring = self._sample(prompts, (*self.seed, step), draw=draw, answer=answer)
+        if self.overlap and not self.config.dynamic_sampling:
+            return rollout, partial(self._finish, scoring)
+        scores = self._finish(scoring)
         for number in range(1, self.config.dynamic_sampling + 1):
             flat = flat_groups(scores.total, rollout.group_size)
             if not flat.any():
                 break
             others = self.prompts.reserve(step, number, int(flat.sum()), rank, world)
-            more = self._sample(others, (*self.seed, step, "reserve", number), draw=draw, answer=answer)
-            rollout, scores = most_telling(rollout, scores, *more)
-        return rollout, scores
+            more, scoring = self._sample(others, (*self.seed, step, "reserve", number), draw=draw, answer=answer)
+            rollout, scores = most_telling(rollout, scores, more, self._finish(scoring))
+        return rollout, lambda: scores
 
-    def _sample(self, prompts: Sequence[Prompt], seed: tuple, *, draw: bool, answer: bool) -> tuple[Rollout, Scores]:
+    def _sample(self, prompts: Sequence[Prompt], seed: tuple, *, draw: bool, answer: bool) -> tuple[Rollout, Scoring]:
+        scoring = self.rewards.begin(overlap=self.overlap)
+        early = self.overlap and not self.config.external  # rows of the data are scored with the others
         with self.timer.phase("rollout"):
-            rollout = self.engine.generate(prompts, self.group_size, self.params, draw=draw, answer=answer, seed=seed)
+            rollout = self.engine.generate(
+                prompts,
+                self.group_size,
+                self.params,
+                draw=draw,
+                answer=answer,
+                seed=seed,
+                on_drawings=scoring.see_drawings if early else None,
+            )
             if self.config.external:
                 rollout = with_data_rows(rollout, self.engine.policy, self.params.max_new_tokens)
         with self.timer.phase("score"):
-            return rollout, self.rewards(rollout)
+            scoring.start(rollout)
+        return rollout, scoring
+
+    def _finish(self, scoring: Scoring) -> Scores:
+        with self.timer.phase("score"):
+            scores = scoring.result()
+        if self.overlap:
+            self.timer.hide("score", scoring.hidden_seconds)
+        return scores
 
 
 def flat_groups(total: torch.Tensor, group_size: int) -> torch.Tensor:

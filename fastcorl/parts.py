@@ -34,8 +34,21 @@ def matches_frozen(config: Config, stage: StageConfig) -> bool:
     return rewards.tim == "frozen" and bool(rewards.weight("tim")) and TASKS[stage.task].draws
 
 
+def liger_choice(config: Config) -> str:
+    """Whether the backbone takes Liger's kernels; they allow no second backward."""
+    choice = config.model.liger
+    return "off" if choice == "auto" and config.evaluation.gradient_cosine else choice
+
+
 def check_stages(config: Config, stages: dict[str, StageConfig], world_size: int) -> None:
     """Raise UserError for a stage that could not start or could learn nothing."""
+    model = config.model
+    if model.compile and config.deepspeed.zero_stage == 3:
+        raise UserError("model.compile: is not there under ZeRO 3, which gathers weights inside of the blocks")
+    if config.evaluation.gradient_cosine and (model.compile or model.liger == "on"):
+        raise UserError(
+            "evaluation.gradient_cosine: goes backward twice, which neither model.compile nor model.liger on can"
+        )
     budget = config.algorithm.token_budget
     if budget is not None and budget < world_size:
         raise UserError(f"algorithm.token_budget {budget}: must be at least 1 for each of the {world_size} ranks")
@@ -76,6 +89,12 @@ def rollout_engine(config: Config, policy: Policy) -> RolloutEngine:
     """An engine for weights of version 0."""
     rollout = config.rollout
     return RolloutEngine(policy, max_rows=rollout.max_rows, kv_cache_tokens=rollout.kv_cache_tokens, weight_version=0)
+
+
+def overlaps(config: Config, device: torch.device) -> bool:
+    """Whether rewards are computed beside sampling and the reference's log-probs."""
+    overlap = config.rollout.overlap
+    return device.type == "cuda" if overlap == "auto" else overlap == "on"
 
 
 def reward_suite(

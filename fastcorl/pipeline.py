@@ -13,13 +13,22 @@ from fastcorl.algorithm import merge_state_dicts
 from fastcorl.config import Config, StageConfig
 from fastcorl.errors import UserError
 from fastcorl.evaluation import drawing_reward, evaluate, load_scorer
+from fastcorl.memory import recompute_as_needed
 from fastcorl.model import Policy, load_policy, save_policy
 from fastcorl.ordering import best_order, measure_transfer
-from fastcorl.parts import check_stages, reward_suite, rollout_engine, sampling_params
+from fastcorl.parts import (
+    check_stages,
+    liger_choice,
+    needs_reference,
+    reward_suite,
+    rollout_engine,
+    sampling_params,
+)
 from fastcorl.rewards import RewardModels
 from fastcorl.run_data import RunData
 from fastcorl.runtime import distributed
 from fastcorl.runtime.engine import engine_name
+from fastcorl.runtime.hardware import hardware_note
 from fastcorl.runtime.report import draw_report, print_scores, score_table
 from fastcorl.runtime.run_folder import Position, RunFolder, placed, write_text
 from fastcorl.runtime.samples import save_samples
@@ -64,6 +73,7 @@ class Run:
         try:
             with self.telemetry:
                 self._open_folder()
+                self.telemetry.note(hardware_note(self.ranks.device, self.start_policy.dtype))
                 if not self.scores:
                     self._evaluate("start", self.start_policy)
                 self.start_policy = None
@@ -95,6 +105,11 @@ class Run:
         if lora.rank:
             torch.manual_seed(self.config.seed)  # peft draws one matrix of each adapter
             policy.add_adapters(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+        if self.config.model.gradient_checkpointing == "auto":
+            told = recompute_as_needed(
+                self.config, stage, policy, self.ranks, reference=needs_reference(self.config, stage)
+            )
+            self.telemetry.note(f"{name}: gradient_checkpointing auto: {told}")
         prompts = self.data.prompts(name, stage)
         return Trainer(self.config, name, stage, policy, self.models, prompts, self.ranks, launched=self.launched)
 
@@ -238,7 +253,10 @@ class Run:
             dtype=getattr(torch, model.dtype),
             device=self.ranks.device,
             templates=self.config.data.templates,
-            gradient_checkpointing=model.gradient_checkpointing,
+            gradient_checkpointing=False if model.gradient_checkpointing == "auto" else model.gradient_checkpointing,
+            liger=liger_choice(self.config),
+            compile=model.compile,
+            attention=model.attention,
         )
 
     def _engine_facts(self) -> dict[str, Any]:

@@ -103,7 +103,8 @@ class LossRows:
     positions: torch.Tensor  # (R,) int64 into the pack
     targets: torch.Tensor  # (R,) int64
     cu_seqlens: torch.Tensor  # (S_m + 1,) int32 over the R rows
-    advantages: torch.Tensor  # (S_m,) float32
+    rows: torch.Tensor  # (S_m,) int64: which row of the rollout each sequence is of
+    advantages: torch.Tensor | None = None  # (S_m,) float32, once they are known
     old_log_probs: torch.Tensor | None = None  # (R,) float32; None means the policy's own
     ref_log_probs: torch.Tensor | None = None  # (R,) float32
     sampled_log_probs: torch.Tensor | None = None  # (R,) float32, as captured while sampling

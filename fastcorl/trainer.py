@@ -1,4 +1,4 @@
-"""The training loop of one stage: rollout -> score -> advantages -> pack -> (reference) -> update."""
+"""The training loop of one stage: rollout -> score -> pack -> (reference) -> advantages -> update."""
 
 import math
 
@@ -10,10 +10,10 @@ from fastcorl.algorithm import (
     StepTotals,
     gradient_cosine,
     packed_log_probs,
+    set_advantages,
 )
 from fastcorl.config import Config, StageConfig
 from fastcorl.data import PromptSource
-from fastcorl.errors import UserError
 from fastcorl.experience import Collector, advantages_of, within_budget
 from fastcorl.model import Policy
 from fastcorl.parts import (
@@ -21,6 +21,7 @@ from fastcorl.parts import (
     matches_frozen,
     needs_reference,
     objective_options,
+    overlaps,
     pack_options,
     reward_suite,
     rollout_engine,
@@ -86,6 +87,7 @@ class Trainer:
             (config.seed, name),
             ranks,
             self.timer,
+            overlap=overlaps(config, policy.device),
         )
 
     def train_step(self, step: int, *, probe: bool = False) -> tuple[StepRecord, Rollout, Scores]:
@@ -94,17 +96,20 @@ class Trainer:
         self.hardware.begin()
         with self.timer.phase("rollout"):
             self.engine.full_policy()  # under ZeRO 3 it refills the copy that is sampled with
-        rollout, scores = self.collector.collect(step, draw=draw, answer=answer)
+        rollout, finish_scores = self.collector.collect(step, draw=draw, answer=answer)
         with self.timer.phase("pack"):
-            advantages = advantages_of(rollout, scores, self.algorithm, self.ranks)
             trained = within_budget(rollout, self._rank_budget(), row_seed(self.config.seed, self.name, step))
-            batches = self._pack(trained, advantages)
+            batches = self._pack(trained)
             totals = self._totals(trained)
-        metrics = StepMetrics(rollout, scores, advantages)
         if self.options.beta:
             with self.timer.phase("reference"), self.reference.policy() as reference:
                 self._add_log_probs(reference, batches, "ref_log_probs")
         self._anchor(batches)
+        scores = finish_scores()
+        with self.timer.phase("pack"):
+            advantages = advantages_of(rollout, scores, self.algorithm, self.ranks)
+            set_advantages(batches, self._advantages_of_all(advantages))
+        metrics = StepMetrics(rollout, scores, advantages)
         if probe and draw and answer:
             with self.timer.phase("probe"):
                 metrics.add_figures(gradient_cosine(self.objective, batches, totals, self.ranks.mean))
@@ -115,6 +120,7 @@ class Trainer:
             with self.timer.phase("drift"):
                 self._measure_drift(batches, metrics)
         seconds = self.timer.take()
+        metrics.add_figures(self.timer.take_hidden())
         updates = self.algorithm.num_iterations
         metrics.add_figures(self.hardware.figures(rollout, trained, seconds["train"], updates=updates))
         return metrics.record(self.name, step, self.stage.steps, seconds, self.ranks), rollout, scores
@@ -175,15 +181,12 @@ class Trainer:
         budget, ranks = self.algorithm.token_budget, self.ranks
         return None if budget is None else budget // ranks.world_size + (ranks.rank < budget % ranks.world_size)
 
-    def _pack(self, rollout: Rollout, advantages: torch.Tensor) -> list[PackedBatch]:
-        packer = Packer(rollout, self.pack_options)
-        most, fewest = self.ranks.reduce([float(len(packer.bins)), -float(len(packer.sequences))], "max")
-        if most > -fewest:
-            raise UserError(
-                f"a rank has {-fewest:.0f} sequences for {most:.0f} micro-batches: "
-                f"raise packing.tokens, prompts_per_step or algorithm.token_budget"
-            )
-        return packer.pack(advantages, min_micro_batches=int(most))
+    def _pack(self, rollout: Rollout) -> list[PackedBatch]:
+        return Packer(rollout, self.pack_options).pack_with(self.ranks)
+
+    def _advantages_of_all(self, advantages: torch.Tensor) -> torch.Tensor:
+        """Those of the rows of all ranks: a sequence may be trained on by another rank than sampled it."""
+        return torch.cat(self.ranks.gather(advantages.cpu())).to(advantages.device)
 
     def _totals(self, rollout: Rollout) -> StepTotals:
         num_rows = float(rollout.num_rows)

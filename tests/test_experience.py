@@ -70,11 +70,33 @@ class Prompts:
         return self.prompts[1 + round : 1 + round + count]
 
 
+class Rewards:
+    """A suite of one reward; `seen` are the rollouts it has been told of, by the name of the call."""
+
+    hidden_seconds = 0.5
+
+    def __init__(self, judge):
+        self.judge, self.seen = judge, []
+
+    def begin(self, *, overlap):
+        return self
+
+    def see_drawings(self, rollout):
+        self.seen.append(("see_drawings", rollout))
+
+    def start(self, rollout):
+        self.seen.append(("start", rollout))
+
+    def result(self):
+        return self.judge(self.seen[-1][1])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(("rounds", "ids"), [(0, "01"), (1, "02"), (3, "02")])
-def test_dynamic_sampling_asks_the_reserve(policy, prompts, rounds, ids):
+def test_dynamic_sampling_asks_the_reserve(policy, prompts, rounds, ids, overlap):
     """Prompt 1 always gets equal rewards, every other prompt different ones."""
 
-    def rewards(rollout):
+    def judge(rollout):
         rows = range(rollout.num_rows)
         values = [0.0 if rollout.prompt_of(row).id == "prompt-1" else float(row % 2) for row in rows]
         return scores_of(values, part=values)
@@ -84,17 +106,48 @@ def test_dynamic_sampling_asks_the_reserve(policy, prompts, rounds, ids):
         AlgorithmConfig(dynamic_sampling=rounds),
         source,
         RolloutEngine(policy),
-        rewards,
+        Rewards(judge),
         SamplingParams(max_new_tokens=4),
         2,
         ("test",),
         ALONE,
         PhaseTimer(),
+        overlap=overlap,
     )
-    rollout, scores = collector.collect(7, draw=False, answer=True)
+    rollout, finish_scores = collector.collect(7, draw=False, answer=True)
+    scores = finish_scores()
     assert [prompt.id for prompt in rollout.prompts] == [f"prompt-{digit}" for digit in ids]
     assert source.asked == ([(7, 1, 1)] if rounds else [])
     assert flat_groups(scores.total, 2).any() == (rounds == 0)
+
+
+@pytest.mark.parametrize(("external", "overlap"), [(False, True), (True, True), (False, False)])
+def test_drawings_are_scored_as_soon_as_they_are_whole(policy, prompts, external, overlap):
+    """Rows of the data join the drawings only after them, so then there is nothing to begin with."""
+    rewards, timer = Rewards(lambda rollout: scores_of([0.0] * rollout.num_rows)), PhaseTimer()
+    collector = Collector(
+        AlgorithmConfig(external=external),
+        Prompts(prompts),
+        RolloutEngine(policy),
+        rewards,
+        SamplingParams(max_new_tokens=24),
+        2,
+        ("test",),
+        ALONE,
+        timer,
+        overlap=overlap,
+    )
+    rollout, finish_scores = collector.collect(1, draw=True, answer=True)
+    early = overlap and not external
+    assert [name for name, _ in rewards.seen] == (["see_drawings", "start"] if early else ["start"])
+    if early:
+        drawings = rewards.seen[0][1]
+        assert drawings.texts is None and torch.equal(drawings.images.pixels, rollout.images.pixels)
+    assert rewards.seen[-1][1] is rollout
+    assert len(finish_scores().total) == rollout.num_rows
+    assert list(timer.take()) == ["rollout", "score"]
+    assert timer.take_hidden() == ({"score_hidden_seconds": 0.5} if overlap else {})
+    assert timer.take_hidden() == {}
 
 
 def test_advantages_of_the_sum(rollout):

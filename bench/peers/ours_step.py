@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
-from fastcorl.algorithm import ObjectiveOptions, StepTotals, pack_rollout
+from fastcorl.algorithm import ObjectiveOptions, Packer, StepTotals
 from fastcorl.model import Policy
 from fastcorl.records import LossRows, PackedBatch, Rollout, StepRecord
 from fastcorl.rollout import RolloutEngine
@@ -49,6 +49,10 @@ class OurStep:
     def without_mixed_rollout(self) -> AbstractContextManager:
         return patch.object(self.trainer.collector, "engine", self._two_calls)
 
+    def without_rewards_in_turn(self) -> AbstractContextManager:
+        """With the overlap that is off on a CPU: rewards run beside sampling and one another."""
+        return patch.object(self.trainer.collector, "overlap", True)
+
     def without_fused_loss(self) -> AbstractContextManager:
         objective = self.trainer.objective
         return patch.object(objective, "_loss", partial(whole_logits_loss, objective.options))
@@ -59,9 +63,9 @@ class OurStep:
         self.trainer.engines += calls.engines  # which are told when the weights change
         return calls
 
-    def _one_by_one(self, rollout: Rollout, advantages: torch.Tensor) -> list[PackedBatch]:
-        count = len(rollout.images.tokens) + len(rollout.texts.tokens)
-        return pack_rollout(rollout, advantages, self.trainer.pack_options, min_micro_batches=count)
+    def _one_by_one(self, rollout: Rollout) -> list[PackedBatch]:
+        packer = Packer(rollout, self.trainer.pack_options)
+        return packer.pack(min_micro_batches=len(packer.sequences))
 
 
 FEATURES = {
@@ -69,6 +73,7 @@ FEATURES = {
     "prefix sharing": OurStep.without_prefix_sharing,
     "vision reuse": OurStep.without_vision_reuse,
     "mixed rollout": OurStep.without_mixed_rollout,
+    "rewards in turn": OurStep.without_rewards_in_turn,
     "fused loss": OurStep.without_fused_loss,
 }
 

@@ -4,7 +4,7 @@ from fastcorl.algorithm.budget import budget_lengths
 from fastcorl.algorithm.gradients import gradient_cosine
 from fastcorl.algorithm.merge import gaussian_merge, merge_state_dicts
 from fastcorl.algorithm.objective import CoRLObjective, ObjectiveOptions, StepTotals, packed_log_probs
-from fastcorl.algorithm.packing import Packer, PackOptions, count_micro_batches, pack_rollout
+from fastcorl.algorithm.packing import Packer, PackOptions, pack_rollout, set_advantages
 
 __all__ = [
     "CoRLObjective",
@@ -13,10 +13,10 @@ __all__ = [
     "Packer",
     "StepTotals",
     "budget_lengths",
-    "count_micro_batches",
     "gaussian_merge",
     "gradient_cosine",
     "merge_state_dicts",
     "pack_rollout",
     "packed_log_probs",
+    "set_advantages",
 ]

@@ -1,11 +1,14 @@
-"""From a rollout with advantages to packed micro-batches of both modalities."""
+"""From a rollout to packed micro-batches of both modalities."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
 
-from fastcorl.errors import UserError
+from fastcorl.algorithm.assignment import Cost, assign, balance
+from fastcorl.algorithm.sequences import Ranks, SampledSequence, exchange, sampled_sequences
 from fastcorl.records import LossRows, PackedBatch, Rollout
 
 
@@ -21,42 +24,51 @@ class PackOptions:
     share_prefix: bool = True
 
 
-@dataclass
-class _Sequence:
-    """One sampled sequence: prompt and completion ids, without the last token, which predicts nothing."""
-
-    row: int
-    is_image: bool
-    prompt: list[int]
-    completion: list[int]
-    inputs: list[int]  # completion tokens that are fed
-    uncond_prompt: list[int] | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        length = len(self.prompt) + len(self.inputs)
-        return 2 * length if self.uncond_prompt else length
-
-
 class Packer:
-    """Splits a rollout into micro-batches of at most `options.tokens` positions, of nearly equal size."""
+    """Splits a rollout into the fewest micro-batches of at most `options.tokens` positions, of nearly equal size.
+
+    A group stays together, so that its prompt is computed once; where it is cut, the prompt stands in both parts.
+    """
 
     def __init__(self, rollout: Rollout, options: PackOptions):
         self.rollout, self.options = rollout, options
-        self.sequences = _sequences(rollout, options)
-        self.bins = assign([sequence.num_tokens for sequence in self.sequences], options.tokens)
+        self.features = rollout.vision_features
+        self.sequences = sampled_sequences(rollout, guided=options.guided, image_shift=options.image_shift)
 
-    def pack(self, advantages: torch.Tensor, *, min_micro_batches: int = 1) -> list[PackedBatch]:
+    def pack(self, *, min_micro_batches: int = 1) -> list[PackedBatch]:
+        """The micro-batches of this rollout on its own, without advantages."""
+        return self._batches(assign(self._costs(), self.options.tokens, min_micro_batches))
+
+    def pack_with(self, ranks: Ranks) -> list[PackedBatch]:
+        """The micro-batches of this rank, as many as every other has, without advantages; a collective call.
+
+        Where answers are longer on some ranks than on others, sequences move between them, so that all have about as
+        many positions. `LossRows.rows` count the rows of all ranks, rank after rank.
         """
-        Args:
-            advantages: (n,) float32, one per row; drawing and answer of a row share it.
-            min_micro_batches: other ranks may need more micro-batches than this one; all must run the same number.
-        """
-        bins = self.bins
-        if min_micro_batches > len(bins):
-            lengths = [sequence.num_tokens for sequence in self.sequences]
-            bins = assign(lengths, self.options.tokens, min_micro_batches)
-        return [_pack([self.sequences[i] for i in chosen], self.rollout, advantages, self.options) for chosen in bins]
+        costs, num_rows = zip(*ranks.gather((self._costs(), self.rollout.num_rows)), strict=True)
+        for sequence in self.sequences:
+            sequence.row += sum(num_rows[: ranks.rank])
+        shares = balance(costs, self.options.tokens)
+        owned = [range(*ends) for ends in pairwise(accumulate(map(len, costs), initial=0))]
+        wanted = [range(share[0].start, share[-1].stop) for share in shares]
+        if owned != wanted:
+            self.sequences, self.features = exchange(
+                self.sequences, len(self.rollout.prompts), self.features, owned, wanted, ranks
+            )
+        start = wanted[ranks.rank].start
+        return self._batches([slice(run.start - start, run.stop - start) for run in shares[ranks.rank]])
+
+    def _costs(self) -> list[Cost]:
+        return [sequence.cost(share_prefix=self.options.share_prefix) for sequence in self.sequences]
+
+    def _batches(self, runs: Sequence[slice]) -> list[PackedBatch]:
+        return [_pack(self.sequences[run], self.rollout, self.features, self.options) for run in runs]
+
+
+def set_advantages(batches: Sequence[PackedBatch], advantages: torch.Tensor) -> None:
+    """Gives each sequence the advantage of its row, of (n,) float32; drawing and answer of a row share it."""
+    for rows in (rows for batch in batches for rows in (batch.image, batch.text) if rows is not None):
+        rows.advantages = advantages[rows.rows]
 
 
 def pack_rollout(
@@ -66,53 +78,10 @@ def pack_rollout(
     *,
     min_micro_batches: int = 1,
 ) -> list[PackedBatch]:
-    """The micro-batches of a rollout; see `Packer`."""
-    return Packer(rollout, options).pack(advantages, min_micro_batches=min_micro_batches)
-
-
-def count_micro_batches(rollout: Rollout, options: PackOptions) -> int:
-    """How many micro-batches `pack_rollout` makes of this rollout on its own."""
-    return len(Packer(rollout, options).bins)
-
-
-def assign(lengths: list[int], capacity: int, min_bins: int = 1) -> list[list[int]]:
-    """Indices of `lengths` in the fewest bins (at least `min_bins`) that longest-first balancing needs.
-
-    Each bin's indices are in ascending order, so that a pack keeps the rollout's order.
-    """
-    if max(lengths) > capacity:
-        raise UserError(f"packing.tokens is {capacity}, but one sequence has {max(lengths)} tokens; raise it")
-    count = max(min_bins, -(-sum(lengths) // capacity))
-    if count > len(lengths):
-        raise UserError(f"{count} micro-batches for {len(lengths)} sequences: raise packing.tokens or prompts_per_step")
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while True:
-        loads, bins = [0] * count, [[] for _ in range(count)]
-        for index in order:
-            lightest = loads.index(min(loads))
-            loads[lightest] += lengths[index]
-            bins[lightest].append(index)
-        if max(loads) <= capacity:
-            return [sorted(chosen) for chosen in bins]
-        count += 1
-
-
-def _sequences(rollout: Rollout, options: PackOptions) -> list[_Sequence]:
-    sequences = []
-    if rollout.images:
-        for row, codes in enumerate(rollout.images.tokens.tolist()):
-            prompt = row // rollout.group_size
-            inputs = codes if options.image_shift else codes[:-1]
-            twin = rollout.uncond_ids[prompt] if options.guided else None
-            sequences.append(_Sequence(row, True, rollout.draw_ids[prompt], codes, inputs, twin))
-    if rollout.texts:
-        lengths = rollout.texts.lengths.tolist()
-        for row, tokens in enumerate(rollout.texts.tokens.tolist()):
-            answer = tokens[: lengths[row]]
-            if not answer:  # none of its tokens is trained on
-                continue
-            sequences.append(_Sequence(row, False, rollout.ask_ids[row // rollout.group_size], answer, answer[:-1]))
-    return sequences
+    """The micro-batches of a rollout on one rank, with (n,) float32 advantages; see `Packer`."""
+    batches = Packer(rollout, options).pack(min_micro_batches=min_micro_batches)
+    set_advantages(batches, advantages)
+    return batches
 
 
 class _RowCollector:
@@ -121,33 +90,30 @@ class _RowCollector:
     def __init__(self):
         self.positions: list[int] = []
         self.uncond_positions: list[int] = []
-        self.targets: list[int] = []
-        self.lengths: list[int] = []
-        self.rows: list[int] = []
+        self.sequences: list[SampledSequence] = []
 
-    def build(
-        self, advantages: torch.Tensor, sampled: torch.Tensor, external: torch.Tensor | None, device: torch.device
-    ) -> LossRows | None:
-        """`sampled` (n, L) are the captured log-probs of the modality, `external` (n,) marks rows of the data."""
-        if not self.rows:
+    def build(self, device: torch.device) -> LossRows | None:
+        if not self.sequences:
             return None
-        captured = [sampled[row, :length] for row, length in zip(self.rows, self.lengths, strict=True)]
+        lengths = torch.tensor([len(sequence.completion) for sequence in self.sequences])
+        targets = [token for sequence in self.sequences for token in sequence.completion]
+        external = [sequence.external for sequence in self.sequences]
         return LossRows(
             positions=torch.tensor(self.positions, device=device),
-            targets=torch.tensor(self.targets, device=device),
-            cu_seqlens=F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0)).int().to(device),
-            advantages=advantages[torch.tensor(self.rows, device=advantages.device)].to(device),
-            sampled_log_probs=torch.cat(captured).to(device),
+            targets=torch.tensor(targets, device=device),
+            cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int().to(device),
+            rows=torch.tensor([sequence.row for sequence in self.sequences], device=device),
+            sampled_log_probs=torch.cat([sequence.log_probs for sequence in self.sequences]),
             uncond_positions=torch.tensor(self.uncond_positions, device=device) if self.uncond_positions else None,
-            external=None if external is None else external[self.rows].to(device),
+            external=torch.tensor(external, device=device) if any(external) else None,
         )
 
 
 class _PackBuilder:
     """Lays out the positions of one pack."""
 
-    def __init__(self, rollout: Rollout, *, share_prefix: bool):
-        self.rollout = rollout
+    def __init__(self, image_token_id: int, features: torch.Tensor | None, *, share_prefix: bool):
+        self.image_token_id, self.features = image_token_id, features
         self.share_prefix = share_prefix
         self.token_ids: list[int] = []
         self.is_code: list[bool] = []
@@ -168,7 +134,7 @@ class _PackBuilder:
             sequence = self._begin(-1)
             start = self._append(prompt, code=False, first_position=0)
             if kind == "ask":
-                self._place_image(start + prompt.index(self.rollout.image_token_id), prompt_index)
+                self._place_image(start + prompt.index(self.image_token_id), prompt_index)
             self.placed[kind, prompt_index] = sequence
             last = len(self.token_ids) - 1
             if self.share_prefix and inputs:
@@ -195,12 +161,12 @@ class _PackBuilder:
         return start
 
     def _place_image(self, start: int, prompt_index: int) -> None:
-        count = self.rollout.vision_features.shape[1]
+        count = self.features.shape[1]
         self.vision_positions += range(start, start + count)
         self.vision_rows += range(prompt_index * count, (prompt_index + 1) * count)
 
     def build(self, image: LossRows | None, text: LossRows | None, device: torch.device) -> PackedBatch:
-        features = self.rollout.vision_features
+        features = self.features
         return PackedBatch(
             token_ids=torch.tensor(self.token_ids, device=device),
             is_image_code=torch.tensor(self.is_code, device=device),
@@ -215,27 +181,19 @@ class _PackBuilder:
         )
 
 
-def _pack(sequences: list[_Sequence], rollout: Rollout, advantages: torch.Tensor, options: PackOptions) -> PackedBatch:
-    builder = _PackBuilder(rollout, share_prefix=options.share_prefix)
-    images, texts = _RowCollector(), _RowCollector()
+def _pack(
+    sequences: Sequence[SampledSequence], rollout: Rollout, features: torch.Tensor | None, options: PackOptions
+) -> PackedBatch:
+    builder = _PackBuilder(rollout.image_token_id, features, share_prefix=options.share_prefix)
+    collectors = {"draw": _RowCollector(), "ask": _RowCollector()}
     for sequence in sequences:
-        rows, count = (images if sequence.is_image else texts), len(sequence.completion)
-        prompt_index = sequence.row // rollout.group_size
+        rows, count, index = collectors[sequence.kind], len(sequence.completion), sequence.prompt_index
         shift = int(options.image_shift and sequence.is_image)
-        kind = "draw" if sequence.is_image else "ask"
-        rows.positions += builder.place(kind, prompt_index, sequence.prompt, sequence.inputs)[shift : shift + count]
-        rows.targets += sequence.completion
-        rows.lengths.append(count)
-        rows.rows.append(sequence.row)
+        placed = builder.place(sequence.kind, index, sequence.prompt, sequence.inputs)
+        rows.positions += placed[shift : shift + count]
+        rows.sequences.append(sequence)
         if sequence.uncond_prompt:
-            positions = builder.place("uncond", prompt_index, sequence.uncond_prompt, sequence.inputs)
-            rows.uncond_positions += positions[shift : shift + count]
-    device = advantages.device
-    # The captured log-probs of the distribution that is trained.
-    drawn = rollout.images and (rollout.images.log_probs if options.guided else rollout.images.cond_log_probs)
-    external = rollout.external_rows() if rollout.num_external else None
-    return builder.build(
-        images.build(advantages, drawn, external, device) if rollout.images else None,
-        texts.build(advantages, rollout.texts.log_probs, external, device) if rollout.texts else None,
-        device,
-    )
+            placed = builder.place("uncond", index, sequence.uncond_prompt, sequence.inputs)
+            rows.uncond_positions += placed[shift : shift + count]
+    device = sequences[0].log_probs.device
+    return builder.build(*(rows.build(device) for rows in collectors.values()), device)

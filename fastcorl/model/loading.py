@@ -17,6 +17,9 @@ from transformers import (
 from fastcorl.errors import UserError
 from fastcorl.model.adapters import merged_state_dict, save_adapters
 from fastcorl.model.attention import IMPLEMENTATION
+from fastcorl.model.backends import packed_backend
+from fastcorl.model.fused_layers import compile_blocks, use_liger
+from fastcorl.model.lean_layers import use_lean
 from fastcorl.model.policy import Policy
 from fastcorl.model.prompts import PromptEncoder
 
@@ -29,13 +32,25 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     templates: Mapping[str, str] | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | int = False,
+    liger: str = "off",
+    compile: bool = False,
+    attention: str = "auto",
 ) -> Policy:
     """Load a Janus checkpoint: a folder or hub name, or "quickstart" for the one that is shipped.
 
-    Raises UserError when there is no such checkpoint or it is not a Janus in the transformers format.
+    Args:
+        gradient_checkpointing: recompute all blocks in backward, or the first so many.
+        liger: "on", "off" or "auto", see `use_liger`; on a CPU auto is `use_lean`.
+        compile: see `compile_blocks`; blocks that are compiled do without Liger.
+        attention: what computes attention in packs, see `packed_backend`.
+
+    Raises:
+        UserError: there is no such checkpoint, it is not a Janus in the transformers format, or its blocks cannot be
+            made faster as asked for, or its attention not be computed so.
     """
-    name, _ = resolve(path)
+    name, config = resolve(path)
+    packed_backend(attention, dtype, config.text_config.head_dim, torch.device(device))
     try:
         processor = AutoProcessor.from_pretrained(name)
         janus, report = JanusForConditionalGeneration.from_pretrained(name, dtype=dtype, output_loading_info=True)
@@ -47,17 +62,18 @@ def load_policy(
     if not processor.chat_template:
         raise UserError(f"model.path: {str(path)!r} has no chat template (chat_template.jinja)")
     janus.model.language_model.set_attn_implementation(IMPLEMENTATION)
-    if gradient_checkpointing:
-        janus.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(janus, processor, PromptEncoder(processor, templates=templates))
-    # Dropout would make the trained distribution differ from the sampled one, so nothing is ever put in train mode,
-    # except the flag that transformers asks for before it checkpoints a block.
+    policy = Policy(janus, processor, PromptEncoder(processor, templates=templates), attention_backend=attention)
+    # Dropout would make the trained distribution differ from the sampled one, so nothing is ever put in train mode.
     policy.eval()
-    if gradient_checkpointing:
-        for layer in janus.model.language_model.layers:
-            layer.training = True
+    policy.recompute(len(policy.backbone.layers) if gradient_checkpointing is True else gradient_checkpointing)
     policy.to(device)
     policy.lay_out()
+    if compile:
+        compile_blocks(policy.backbone)
+    elif liger == "auto" and policy.device.type == "cpu":
+        use_lean(policy.backbone)
+    elif liger != "off":
+        use_liger(policy.backbone, liger)
     return policy
 
 

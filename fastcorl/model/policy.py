@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import JanusForConditionalGeneration, ProcessorMixin
 
 from fastcorl.model.adapters import adapted_layers, add_adapters, without_adapters
@@ -23,13 +25,22 @@ class Policy(nn.Module):
 
     Trained parts are the language backbone with its embedding and the text head, or the backbone's adapters if it has
     any; vision tower, aligners, VQ model, generation embedding and generation head are frozen, as in the public code.
+    `attention_backend` computes the attention of packs (`backends.NAMES`).
     """
 
-    def __init__(self, janus: JanusForConditionalGeneration, processor: ProcessorMixin, encoder: PromptEncoder):
+    def __init__(
+        self,
+        janus: JanusForConditionalGeneration,
+        processor: ProcessorMixin,
+        encoder: PromptEncoder,
+        *,
+        attention_backend: str = "auto",
+    ):
         super().__init__()
         self.janus = janus
         self.processor = processor
         self.encoder = encoder
+        self.attention_backend = attention_backend
         self.freeze()
 
     def freeze(self) -> None:
@@ -61,6 +72,18 @@ class Policy(nn.Module):
     def lay_out(self) -> None:
         """Lay the weights that sampling reads as one side by side. Afterwards nothing may move the parameters."""
         lay_side_by_side(self.backbone)
+
+    def recompute(self, blocks: int) -> None:
+        """Have backward run the first `blocks` blocks again, in place of keeping what they computed.
+
+        The first, since backward comes to them when it has freed what the others kept.
+        """
+        # transformers' own switch has another name in each of its versions.
+        run_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
+        for index, layer in enumerate(self.backbone.layers):
+            layer._gradient_checkpointing_func = run_again
+            # The second flag stands for train mode, which nothing is ever put in; it reaches no module in the block.
+            layer.gradient_checkpointing = layer.training = index < blocks
 
     @property
     def backbone(self) -> nn.Module:
@@ -131,7 +154,7 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """(N, hidden) final hidden states of a pack."""
-        attention = PackedAttention(batch.cu_seqlens, batch.prefixes)
+        attention = PackedAttention(batch.cu_seqlens, batch.prefixes, backend=self.attention_backend)
         return self.run_backbone(self.embed(batch).unsqueeze(0), batch.position_ids.unsqueeze(0), attention).squeeze(0)
 
     def image_head_input(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,13 @@ from fastcorl.answer_tags import extract_answer
 from fastcorl.rewards.answers.rules import AccuracyReward, FormatReward
 from fastcorl.rewards.captions.captioner import BlipCaptioner, PolicyCaptioner
 from fastcorl.rewards.captions.scene_graph import TupleSimilarity, tuple_f1
-from fastcorl.rewards.cycle import CaptionReward, CycleReward
+from fastcorl.rewards.cycle import CaptionReward, cycle_reward
 from fastcorl.rewards.images.groups import ImageSimilarity
 from fastcorl.rewards.images.lpips import LPIPS
 from fastcorl.rewards.images.perceptual import PerceptualReward, make_image_similarity, to_pixels
 from fastcorl.rewards.images.vq import VQFeatures, lpips_distance
 from fastcorl.rewards.models import RewardModels
-from fastcorl.rewards.suite import RewardSuite
+from fastcorl.rewards.suite import RewardSuite, Scoring
 from fastcorl.rewards.tim import Matcher, TIMReward, match_score
 from fastcorl.rewards.users.rewards import RewardFailure
 
@@ -23,7 +23,6 @@ __all__ = [
     "AccuracyReward",
     "BlipCaptioner",
     "CaptionReward",
-    "CycleReward",
     "FormatReward",
     "ImageSimilarity",
     "Matcher",
@@ -32,9 +31,11 @@ __all__ = [
     "RewardFailure",
     "RewardModels",
     "RewardSuite",
+    "Scoring",
     "TIMReward",
     "TupleSimilarity",
     "VQFeatures",
+    "cycle_reward",
     "extract_answer",
     "lpips_distance",
     "make_image_similarity",

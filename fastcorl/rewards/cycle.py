@@ -1,6 +1,6 @@
 """The bidirectional cycle reward of CoRL (arXiv 2505.17534, section 3.2): does the drawing lead back to the example?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -45,20 +45,7 @@ class CaptionReward:
         return torch.stack(scores).mean(0).to(pixels.device)
 
 
-class CycleReward:
-    """1 - LPIPS(real, drawn) and SPICE(caption, BLIP(drawn)): their sum, or with `halve` their mean."""
-
-    def __init__(
-        self,
-        perceptual: Callable[[Rollout], torch.Tensor],
-        caption: Callable[[Rollout], torch.Tensor],
-        *,
-        halve: bool,
-    ) -> None:
-        self.perceptual, self.caption, self.halve = perceptual, caption, halve
-
-    def parts(self, rollout: Rollout) -> dict[str, torch.Tensor]:
-        """`cycle` and its halves `perceptual` and `caption`, each (n,) float32."""
-        perceptual, caption = self.perceptual(rollout), self.caption(rollout)
-        total = perceptual + caption
-        return {"cycle": total / 2 if self.halve else total, "perceptual": perceptual, "caption": caption}
+def cycle_reward(perceptual: torch.Tensor, caption: torch.Tensor, *, halve: bool) -> torch.Tensor:
+    """1 - LPIPS(real, drawn) and SPICE(caption, BLIP(drawn)), each (n,): their sum, or with `halve` their mean."""
+    total = perceptual + caption
+    return total / 2 if halve else total

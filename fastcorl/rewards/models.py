@@ -8,6 +8,7 @@ import torch
 
 from fastcorl.config_rewards import RewardsConfig
 from fastcorl.plugins import load_object
+from fastcorl.rewards.background import Background
 from fastcorl.rewards.captions.bertscore import BertScore, SentenceSimilarity
 from fastcorl.rewards.captions.captioner import BlipCaptioner
 from fastcorl.rewards.captions.jaccard import WordSimilarity, jaccard, soft_jaccard
@@ -36,6 +37,7 @@ class RewardModels:
         self.names: list[str] = []
         self.caption_similarities: list[CaptionSimilarity] = []
         self.clip: ClipScore | None = None
+        self.background = Background()
         if draws:
             if config.image_measure not in (None, "vq"):
                 self.image_similarity = make_image_similarity(
@@ -77,7 +79,8 @@ class RewardModels:
         return None
 
     def close(self) -> None:
-        """End the processes of the user's rewards and of SPICE."""
+        """End what is being computed, and the processes of the user's rewards and of SPICE."""
+        self.background.close()
         self.users.close()
         for similarity in self.caption_similarities:
             if isinstance(similarity, Spice):

@@ -64,11 +64,13 @@ class Decoding:
         *,
         check_every: int,
         progress: Callable[[int], None] | None = None,
+        finish_drawings: Callable[[Sequence[int]], None] | None = None,
     ):
+        """`finish_drawings` is told the places of drawings when they end."""
         self.worker, self.room = worker, room
         self.images, self.texts, self.cache = worker.images, worker.texts, worker.cache
         self.waiting_images, self.waiting_texts = list(image_requests), list(text_requests)
-        self.check_every, self.progress = check_every, progress
+        self.check_every, self.progress, self.finish_drawings = check_every, progress, finish_drawings
         self.drawing: list[Request] = []
         self.answering: list[Request] = []
         self.drawn = 0  # tokens of the drawings in progress
@@ -96,9 +98,11 @@ class Decoding:
             self.finished_tokens += len(self.drawing) * self.images.length
             for request in self.drawing:
                 self.room.give(request.prefixes(), self.images.length)
-            self.drawing = []
+            ended, self.drawing = self.drawing, []
             self.images.keep([])
             self.cache.set_images([])
+            if self.finish_drawings is not None:
+                self.finish_drawings([request.place for request in ended])
         if self.answering:
             alive = self.texts.alive()
             if len(alive) < len(self.answering):

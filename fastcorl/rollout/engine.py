@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from PIL.Image import Image
@@ -16,7 +17,7 @@ from fastcorl.rollout.grouped_cache import GroupedCache
 from fastcorl.rollout.paged_cache import PagedCache
 from fastcorl.rollout.prefill import Prefiller, Source
 from fastcorl.rollout.requests import Request, check_fits, image_requests, text_requests
-from fastcorl.rollout.results import image_samples, text_samples
+from fastcorl.rollout.results import Drawings, no_drawings, text_samples
 from fastcorl.rollout.room import PAGE, Room, private_pages
 from fastcorl.rollout.sampling import SamplingParams
 from fastcorl.rollout.worker import Inputs, PolicyWorker, Sizes
@@ -81,12 +82,15 @@ class RolloutEngine:
         answer: bool = True,
         seed: object = 0,
         progress: Callable[[int], None] | None = None,
+        on_drawings: Callable[[Rollout], None] | None = None,
     ) -> Rollout:
         """Sample `group_size` drawings of each caption and as many answers to each question.
 
         Args:
             seed: identifies the call (say, run seed and step); rows add their prompt's id, their index and modality.
             progress: called now and then with the number of tokens sampled so far.
+            on_drawings: called once, with the rollout without its answers, as soon as every drawing is finished and
+                decoded, while answers may go on; on CUDA the current stream is then the one that decodes.
 
         Raises:
             UserError: for a request that cannot fit the model's context, `max_rows` or `kv_cache_tokens`; nothing has
@@ -106,31 +110,46 @@ class RolloutEngine:
         check_fits(drawings, sizes.image_tokens, "a drawing", room=room, context=self.context)
         check_fits(answers, sizes.text_tokens, "an answer", room=room, context=self.context)
         features = self._vision_features([prompt.image for prompt in prompts]) if ask_ids else None
-        worker = None
+        rollout = Rollout(
+            prompts=list(prompts),
+            group_size=group_size,
+            images=None,
+            texts=None,
+            draw_ids=draw_ids,
+            uncond_ids=[encoder.unconditional(len(ids)) for ids in draw_ids],
+            ask_ids=ask_ids,
+            image_token_id=encoder.image_id,
+            vision_features=features,
+        )
+        announce = None if on_drawings is None else lambda images: on_drawings(replace(rollout, images=images))
+        worker = drawn = None
         if drawings or answers:
             with torch.inference_mode():
                 self._refresh()
                 worker = self._worker_for(sizes, params)
                 codes = self._codes() if drawings else None
                 chain = self._unconditional_sources({len(ids) for ids in draw_ids}) if guided and drawings else {}
-                check_every = CHECK_EVERY[policy.device.type]
+                if drawings:
+                    drawn = Drawings(policy, worker.images, rows, announce)
                 try:
                     worker.begin(Inputs(draw_ids, ask_ids, features, codes, chain))
-                    Decoding(worker, room, drawings, answers, check_every=check_every, progress=progress).run()
+                    Decoding(
+                        worker,
+                        room,
+                        drawings,
+                        answers,
+                        check_every=CHECK_EVERY[policy.device.type],
+                        progress=progress,
+                        finish_drawings=drawn.finish if drawings and announce else None,
+                    ).run()
                 except BaseException:
                     self._worker = None  # its state is of no use to another call
                     raise
                 worker.end()
-        return Rollout(
-            prompts=list(prompts),
-            group_size=group_size,
-            images=image_samples(policy, worker and worker.images, rows) if draw else None,
+        return replace(
+            rollout,
+            images=(drawn.samples() if drawn is not None else no_drawings(policy)) if draw else None,
             texts=text_samples(policy, worker and worker.texts, rows) if answer else None,
-            draw_ids=draw_ids,
-            uncond_ids=[encoder.unconditional(len(ids)) for ids in draw_ids],
-            ask_ids=ask_ids,
-            image_token_id=encoder.image_id,
-            vision_features=features,
         )
 
     @torch.no_grad()

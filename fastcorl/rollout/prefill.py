@@ -44,7 +44,7 @@ class Prefiller:
         sources = []
         for part in _packs(prompts):
             batch = self._pack(prompts[part], features[part])
-            attention = PackedAttention(batch.cu_seqlens, keep_kv=True)
+            attention = PackedAttention(batch.cu_seqlens, keep_kv=True, backend=self.policy.attention_backend)
             hidden = self._run(self.policy.embed(batch), batch.position_ids, attention)
             lasts = batch.cu_seqlens[1:].long() - 1
             prefill = Prefill(attention.keys, attention.values, hidden[lasts])
@@ -70,6 +70,7 @@ class Prefiller:
             torch.tensor([-1] + [0] * len(lengths)),
             prefix_lengths=torch.tensor([0, *(length - 1 for length in lengths)]),
             keep_kv=True,
+            backend=self.policy.attention_backend,
         )
         hidden = self._run(self.policy.embed_text(ids), positions, attention)
         prefill = Prefill(attention.keys, attention.values, hidden[len(chain) :])
@@ -81,7 +82,8 @@ class Prefiller:
         """Yields the final hidden states (L_i, hidden) of each sequence, in order."""
         for part in _packs(sequences):
             batch = self._pack(sequences[part], features[part])
-            hidden = self._run(self.policy.embed(batch), batch.position_ids, PackedAttention(batch.cu_seqlens))
+            attention = PackedAttention(batch.cu_seqlens, backend=self.policy.attention_backend)
+            hidden = self._run(self.policy.embed(batch), batch.position_ids, attention)
             yield from hidden.split([len(sequence) for sequence in sequences[part]])
 
     def _pack(self, prompts: Sequence[Sequence[int]], features: Sequence[torch.Tensor | None]):

@@ -1,5 +1,8 @@
 """Finished rows as the records that the rest of a step reads."""
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 
 from fastcorl.model import Policy
@@ -9,18 +12,74 @@ from fastcorl.rollout.rows import ImageRows, TextRows
 DECODE_PIXELS_AT_ONCE = 16 * 384**2
 
 
-def image_samples(policy: Policy, images: ImageRows | None, count: int) -> ImageSamples:
-    """The first `count` drawings, decoded in batches on the device."""
-    if not count:
-        blank = torch.zeros(0, policy.num_image_tokens, device=policy.device)
-        pixels = torch.zeros(0, 3, policy.image_size, policy.image_size, device=policy.device)
-        return ImageSamples(blank.long(), blank, blank.clone(), pixels)
-    tokens, log_probs, cond_log_probs = (
-        each[:count].clone() for each in (images.out_tokens, images.out_log_probs, images.out_cond_log_probs)
-    )
-    at_once = max(1, DECODE_PIXELS_AT_ONCE // policy.image_size**2)
-    pixels = torch.cat([policy.decode_images(part) for part in tokens.split(at_once)])
-    return ImageSamples(tokens, log_probs, cond_log_probs, pixels)
+class Drawings:
+    """The first `count` drawings of a call. Their codes become pixels in batches of neighbours, which are the same in
+    whatever order drawings finish.
+
+    With `announce` a batch is decoded as soon as its last drawing is finished, on CUDA on a stream beside the one that
+    samples; `announce` is called after the last batch, with that stream as the current one.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        policy: Policy,
+        rows: ImageRows,
+        count: int,
+        announce: Callable[[ImageSamples], None] | None = None,
+    ):
+        self.policy, self.rows, self.count, self.announce = policy, rows, count, announce
+        size, device = policy.image_size, policy.device
+        self.pixels = torch.empty(count, 3, size, size, device=device)
+        at_once = max(1, DECODE_PIXELS_AT_ONCE // size**2)
+        self._batches = [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
+        self._finished: set[int] = set()
+        self._stream = torch.cuda.Stream(device) if announce and device.type == "cuda" else None
+
+    @torch.inference_mode(False)
+    def finish(self, places: Iterable[int]) -> None:
+        """The drawings at these places are sampled."""
+        if not self._batches:
+            return
+        self._finished.update(places)
+        whole = [batch for batch in self._batches if self._finished.issuperset(batch)]
+        self._batches = [batch for batch in self._batches if batch not in whole]
+        with self._beside():
+            for batch in whole:
+                part = slice(batch.start, batch.stop)
+                self.pixels[part] = self.policy.decode_images(self.rows.out_tokens[part].clone())
+        if self.announce is not None and not self._batches:
+            samples = self._samples()
+            with self._beside():
+                self.announce(samples)
+
+    def samples(self) -> ImageSamples:
+        """All of them, when every row of the call has ended."""
+        self.finish(range(self.count))
+        if self._stream is not None:
+            torch.cuda.current_stream(self.policy.device).wait_stream(self._stream)
+        return self._samples()
+
+    def _samples(self) -> ImageSamples:
+        rows = self.rows
+        tokens, log_probs, cond_log_probs = (
+            each[: self.count].clone() for each in (rows.out_tokens, rows.out_log_probs, rows.out_cond_log_probs)
+        )
+        return ImageSamples(tokens, log_probs, cond_log_probs, self.pixels)
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """On the other stream, once it has what this one has written."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.policy.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+
+def no_drawings(policy: Policy) -> ImageSamples:
+    blank = torch.zeros(0, policy.num_image_tokens, device=policy.device)
+    pixels = torch.zeros(0, 3, policy.image_size, policy.image_size, device=policy.device)
+    return ImageSamples(blank.long(), blank, blank.clone(), pixels)
 
 
 def text_samples(policy: Policy, texts: TextRows | None, count: int) -> TextSamples:

@@ -70,7 +70,12 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
 
 def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        parameters,
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,  # one pass over the state instead of ten, on a CPU too, and no temporaries
     )
 
 
@@ -136,7 +141,7 @@ class _PlainEngine:
                 if master is not weight:
                     weight.copy_(master)
                 self.optimizer.state[master] = {
-                    "step": tensors[f"step.{i}"].reshape(()),
+                    "step": tensors[f"step.{i}"].reshape(()).to(master.device),
                     "exp_avg": tensors[f"exp_avg.{i}"].to(master.device),
                     "exp_avg_sq": tensors[f"exp_avg_sq.{i}"].to(master.device),
                 }

@@ -213,6 +213,17 @@ class HardwareMeter:
         )
 
 
+def hardware_note(device: torch.device, dtype: torch.dtype) -> str:
+    """One line for the start of a run: what of MFU and energy its steps will tell."""
+    peak = device_peak(device, dtype)
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    meter = HardwareMeter(device)
+    energy = "by NVML" if math.isfinite(meter.read().joules) else "n/a (no NVML)"
+    meter.close()
+    mfu = f"n/a (no peak is known for {kind})" if peak is None else f"of {peak / 1e12:,.0f} TFLOP/s ({kind})"
+    return f"MFU {mfu}, energy {energy}"
+
+
 def hardware_record(
     reading: Reading,
     ranks: Distributed,

@@ -31,12 +31,17 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 ETA_DECAY = 0.9
 
+# What the console shows of it, where it is known.
+HARDWARE = {"mfu": "MFU {:.1%}", "joules_per_image": "{:,.0f} J/img", "power_w": "{:,.0f} W"}
+
 
 class PhaseTimer:
-    """Seconds per named phase. A phase opened inside another is taken out of it, so that the sum is wall-clock time."""
+    """Seconds per named phase. A phase opened inside another is taken out of it, so that the sum is wall-clock time.
+    What others do meanwhile is no part of it, and counted apart."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._hidden: dict[str, float] = {}
         self._open: list[str] = []
         self._since = 0.0
 
@@ -57,10 +62,20 @@ class PhaseTimer:
         seconds, self._seconds = self._seconds, {}
         return seconds
 
+    def hide(self, name: str, seconds: float) -> None:
+        """Work of `name` that a thread did beside the phases."""
+        self._hidden[name] = self._hidden.get(name, 0.0) + seconds
+
+    def take_hidden(self) -> dict[str, float]:
+        """Hidden seconds since the last call, as figures of a step."""
+        hidden, self._hidden = self._hidden, {}
+        return {f"{name}_hidden_seconds": seconds for name, seconds in hidden.items()}
+
     def _lap(self) -> None:
         # Kernels run behind the CPU's back: without this their time would be billed to whichever phase waits for them.
+        # Those of other streams run beside the phases and are waited for by whoever needs them.
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
         now = time.perf_counter()
         if self._open:
             name = self._open[-1]
@@ -254,13 +269,14 @@ def step_line(record: StepRecord, eta_seconds: float) -> str:
     rewards = " ".join(f"{name} {value:.3f}" for name, value in record.rewards.items())
     metrics = " ".join(f"{name} {value:.3g}" for name, value in record.metrics.items() if _is_headline(name))
     rates = f"{_rate(record.tokens, seconds):,.0f} tok/s {_rate(record.images, seconds):,.1f} img/s"
+    hardware = [text.format(record.metrics[name]) for name, text in HARDWARE.items() if name in record.metrics]
     phases = " ".join(f"{name} {value:.2f}" for name, value in record.seconds.items())
     scores = " ".join(f"{name} {value:.1%}" for name, value in record.scores.items())
     parts = [
         f"{record.stage} {record.step}/{record.total_steps}",
         rewards and f"reward {rewards}",
         metrics,
-        rates,
+        " ".join([rates, *hardware]),
         f"{seconds:.2f} s" + (f" ({phases})" if phases else ""),
         f"{record.memory_gib:.2f} GiB",
         scores and f"held-out {scores}",

@@ -4,47 +4,81 @@ import random
 import pytest
 import torch
 
-from fastcorl.algorithm import PackOptions, count_micro_batches, pack_rollout
-from fastcorl.algorithm.packing import assign
+from fastcorl.algorithm import PackOptions, pack_rollout
+from fastcorl.algorithm.assignment import Cost, assign, load
 from fastcorl.errors import UserError
 from tests.helpers import NUM_IMAGE_TOKENS
 
-# Bins
+# Runs
 
 
-@pytest.mark.parametrize("capacity", [40, 57, 100, 1000])
+def alone(*lengths):
+    """Sequences that share nothing."""
+    return [Cost(index, 0, length) for index, length in enumerate(lengths)]
+
+
+def loads_of(costs, runs):
+    return [load(costs[run]) for run in runs]
+
+
+@pytest.mark.parametrize("capacity", [70, 97, 250, 2000])
 @pytest.mark.parametrize("min_bins", [1, 3, 30])
 @pytest.mark.parametrize("seed", range(5))
-def test_bins(capacity, min_bins, seed):
+def test_runs(capacity, min_bins, seed):
     rng = random.Random(seed)
-    lengths = [rng.randint(1, 40) for _ in range(30)]
-    bins = assign(lengths, capacity, min_bins)
-    assert sorted(index for chosen in bins for index in chosen) == list(range(30))
-    assert all(chosen and chosen == sorted(chosen) for chosen in bins)
-    loads = [sum(lengths[index] for index in chosen) for chosen in bins]
+    costs = [Cost(group, 30, rng.randint(1, 40)) for group in range(6) for _ in range(5)]
+    runs = assign(costs, capacity, min_bins)
+    assert [index for run in runs for index in range(30)[run]] == list(range(30))
+    assert all(run.stop > run.start for run in runs)
+    loads = loads_of(costs, runs)
     assert max(loads) <= capacity
-    assert len(bins) >= max(min_bins, -(-sum(lengths) // capacity))
-    # Longest first into the lightest: no two bins differ by more than the longest sequence.
-    assert max(loads) - min(loads) <= max(lengths)
+    assert len(runs) >= min_bins
+    # No other way to cut the line into so many runs has a smaller largest one.
+    assert max(loads) == min_largest(costs, len(runs))
+    if len(runs) > min_bins:
+        assert min_largest(costs, len(runs) - 1) > capacity
 
 
-def test_bins_are_as_many_as_asked_for_when_others_need_more():
-    lengths = [10] * 12
-    assert [len(assign(lengths, 60, count)) for count in (1, 2, 3, 12)] == [2, 2, 3, 12]
-    assert [len(chosen) for chosen in assign(lengths, 60, 4)] == [3, 3, 3, 3]
+def min_largest(costs, count):
+    """The smallest possible largest load of `count` runs, by dynamic programming."""
+    length = len(costs)
+    load = {
+        (start, stop): loads_of(costs, [slice(start, stop)])[0]
+        for start in range(length)
+        for stop in range(start + 1, length + 1)
+    }
+    best = [load[0, stop] for stop in range(1, length + 1)]
+    for number in range(2, count + 1):
+        best = [
+            min(
+                (max(best[cut - 1], load[cut, stop]) for cut in range(number - 1, stop)),
+                default=float("inf"),
+            )
+            for stop in range(1, length + 1)
+        ]
+    return best[-1]
 
 
-def test_more_bins_than_the_sum_needs():
-    # 6 + 6 + 6 fit in two bins of 9 by their sum, but in three by themselves.
-    assert assign([6, 6, 6], 9) == [[0], [1], [2]]
-    assert assign([9, 1, 8], 9) == [[0], [1, 2]]
+def test_runs_are_as_many_as_asked_for_when_others_need_more():
+    costs = alone(*[10] * 12)
+    assert [len(assign(costs, 60, count)) for count in (1, 2, 3, 12)] == [2, 2, 3, 12]
+    assert [run.stop - run.start for run in assign(costs, 60, 4)] == [3, 3, 3, 3]
+    # No limit gives three runs here: with 5 there are four, with 6 two.
+    assert [len(assign(alone(3, 3, 3, 3), 100, count)) for count in (1, 2, 3, 4)] == [1, 2, 3, 4]
+
+
+def test_a_group_is_cut_only_where_the_load_asks_for_it():
+    costs = [Cost(group, 100, 10) for group in "ab" for _ in range(4)]
+    assert assign(costs, 280) == [slice(0, 8)]
+    assert assign(costs, 279) == [slice(0, 4), slice(4, 8)]
+    assert loads_of(costs, assign(costs, 130)) == [120] * 4
 
 
 def test_a_sequence_that_is_too_long_is_the_users_mistake():
     with pytest.raises(UserError, match="packing.tokens is 9, but one sequence has 10 tokens"):
-        assign([3, 10], 9)
+        assign([Cost("a", 1, 2), Cost("b", 6, 4)], 9)
     with pytest.raises(UserError, match="3 micro-batches for 2 sequences"):
-        assign([3, 3], 9, 3)
+        assign(alone(3, 3), 9, 3)
 
 
 # Packs
@@ -66,7 +100,6 @@ def test_every_token_is_in_one_row_with_its_advantage(
     advantages = torch.randn(rollout.num_rows, generator=torch.Generator().manual_seed(0))
     options = PackOptions(tokens, guided, image_shift, share_prefix)
     batches = pack_rollout(rollout, advantages, options)
-    assert len(batches) == count_micro_batches(rollout, options)
     assert (len(batches) == 1) == (tokens == 10_000)
     seen = {"image": [], "text": []}
     row_of = {float(value): row for row, value in enumerate(advantages)}
@@ -181,3 +214,12 @@ def test_a_twin_stays_with_its_drawing(rollout_of):
     with pytest.raises(UserError, match=f"packing.tokens is {longest}, but one sequence has {2 * longest} tokens"):
         pack_rollout(rollout, advantages, PackOptions(longest, guided=True))
     assert pack_rollout(rollout, advantages, PackOptions(2 * longest, guided=True))
+
+
+def test_smaller_packs_repeat_a_prompt_only_where_a_group_is_cut(rollout_of):
+    rollout = rollout_of(5.0, 1.0)
+    advantages = torch.zeros(rollout.num_rows)
+    (whole,) = pack_rollout(rollout, advantages, PackOptions(10_000))
+    batches = pack_rollout(rollout, advantages, PackOptions(whole.num_tokens // 3))
+    longest = max(map(len, [*rollout.draw_ids, *rollout.ask_ids]))
+    assert sum(batch.num_tokens for batch in batches) <= whole.num_tokens + (len(batches) - 1) * longest

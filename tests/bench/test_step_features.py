@@ -11,6 +11,7 @@ from fastcorl.algorithm import objective
 from fastcorl.config import Config
 from fastcorl.model import Policy
 from fastcorl.rewards import RewardModels
+from fastcorl.rewards.background import Background
 from fastcorl.rollout import RolloutEngine
 from fastcorl.runtime.distributed import Distributed
 from fastcorl.trainer import Trainer
@@ -85,6 +86,7 @@ def counts(monkeypatch):
     count(Policy, "hidden_states", lambda policy, batch: batch.num_tokens)
     count(Policy, "vision_features", lambda policy, pixels: len(pixels))
     count(RolloutEngine, "generate")
+    count(Background, "start")
     count(objective, "linear_grpo_loss")
     return counts
 
@@ -101,4 +103,5 @@ def test_every_feature_is_off_when_it_is(counts):
     assert seen["packing"]["hidden_states"] == seen["prefix sharing"]["hidden_states"] > 1.1 * usual["hidden_states"]
     assert seen["vision reuse"]["vision_features"] == usual["vision_features"] + 2 * 20
     assert seen["mixed rollout"]["generate"] == 2 * usual["generate"]
+    assert "start" not in usual and seen["rewards in turn"]["start"] == 2
     assert "linear_grpo_loss" not in seen["fused loss"]

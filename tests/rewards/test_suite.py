@@ -1,3 +1,6 @@
+import threading
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -168,3 +171,101 @@ def test_rows_that_cannot_be_scored_are_nan_alone(make_suite, make_rollout):
     assert scores.parts["perceptual"].isnan().tolist() == [False, True, False, False]
     assert scores.parts["accuracy"].isnan().tolist() == [False, False, True, True]
     assert scores.total.isnan().tolist() == [False, True, True, True]
+
+
+# Overlap
+
+
+def assert_same_scores(ours, theirs):
+    assert list(ours.parts) == list(theirs.parts) and ours.weights == theirs.weights
+    for name, values in theirs.parts.items():
+        assert torch.equal(ours.parts[name].nan_to_num(9), values.nan_to_num(9)), name
+    assert torch.equal(ours.total.nan_to_num(9), theirs.total.nan_to_num(9))
+    assert not ours.total.requires_grad and not ours.total.is_inference()
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("answers", [ANSWERS, None])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"weights": {"cycle": 0.0, "perceptual": 1.0, "caption": 0.5}, "image_similarity": "ssim", "scaling": "none"},
+        {"extra": {f"{FUNCTIONS}:of_drawings": 2.0}},
+    ],
+)
+def test_scores_are_the_same_with_overlap(make_suite, make_rollout, settings, answers, early):
+    suite, rollout = make_suite(**settings), make_rollout(answers)
+    rollout.images.pixels[1] = torch.nan
+    for _ in range(2):
+        scoring = suite.begin(overlap=True)
+        if early:
+            scoring.see_drawings(replace(rollout, texts=None))
+        scoring.start(rollout)
+        assert_same_scores(scoring.result(), suite(rollout))
+        assert scoring.hidden_seconds >= 0
+
+
+def test_overlap_without_drawings(make_suite, make_rollout):
+    suite, rollout = make_suite(), make_rollout(ANSWERS, images=False)
+    scoring = suite.begin(overlap=True)
+    scoring.start(rollout)
+    assert_same_scores(scoring.result(), suite(rollout))
+    assert scoring.hidden_seconds == 0
+
+
+@pytest.mark.parametrize("captioner", ["quickstart", "policy"])
+def test_what_needs_the_policy_stays_with_the_caller(policy, make_rollout, captioner):
+    threads = {}
+
+    def record(name):
+        def reward(rollout):
+            threads[name] = threading.current_thread()
+            return torch.zeros(4)
+
+        return reward
+
+    config = RewardsConfig(captioner=captioner)
+    models = RewardModels(config)
+    suite = RewardSuite(config, models, policy, policy, captioner=lambda pixels: [""] * 4)
+    suite.drawing_rewards = {name: record(name) for name in suite.drawing_rewards}
+    scoring = suite.begin(overlap=True)
+    scoring.see_drawings(make_rollout())
+    scoring.start(make_rollout())
+    scoring.result()
+    models.close()
+    here = {name for name, thread in threads.items() if thread is threading.main_thread()}
+    assert set(threads) == {"perceptual", "caption", "tim"}
+    assert here == ({"tim", "caption"} if captioner == "policy" else {"tim"})
+
+
+def test_a_failure_beside_the_caller_is_told_as_ever(make_suite, make_rollout):
+    suite, rollout = make_suite(), make_rollout()
+
+    def fail(rollout):
+        raise UserError("rewards.image_similarity: too small")
+
+    suite.drawing_rewards["perceptual"] = fail
+    scoring = suite.begin(overlap=True)
+    scoring.see_drawings(rollout)
+    scoring.start(rollout)
+    with pytest.raises(UserError, match="^rewards.image_similarity: too small$"):
+        scoring.result()
+
+
+def test_closing_the_models_ends_what_is_computed(make_suite, make_rollout):
+    """As after a failure or Ctrl-C while answers are sampled."""
+    suite, rollout, computed = make_suite(), make_rollout(), []
+    begun, go = threading.Event(), threading.Event()
+
+    def perceptual(rollout):
+        begun.set()
+        go.wait(10)
+        return torch.zeros(4)
+
+    suite.drawing_rewards |= {"perceptual": perceptual, "caption": computed.append}
+    suite.begin(overlap=True).see_drawings(rollout)
+    begun.wait(10)
+    threading.Timer(0.05, go.set).start()
+    suite.models.close()
+    assert not computed and "rewards" not in [thread.name for thread in threading.enumerate()]

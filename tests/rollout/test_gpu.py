@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastcorl.algorithm import PackOptions, pack_rollout, packed_log_probs
+from fastcorl.rewards.background import Background
 from fastcorl.rollout import RolloutEngine, SamplingParams
 from fastcorl.rollout.decoder import Rope
 from tests.helpers import make_policy, objective_options
@@ -46,6 +47,21 @@ def test_graphs_replay_what_the_step_does(cuda_policy, prompts, max_rows):
         assert_same(graphed.generate(prompts, 4, PARAMS, seed=1), expected)
     assert graphed._worker.graphs.graphs
     assert_same(graphed.generate(prompts, 4, PARAMS, seed=2), eager.generate(prompts, 4, PARAMS, seed=2))
+
+
+def test_drawings_are_decoded_and_read_beside_the_decode(cuda_policy, prompts):
+    engine, background, jobs = RolloutEngine(cuda_policy), Background(), []
+    expected = engine.generate(prompts, 4, PARAMS, seed=1)
+
+    def begin(rollout):
+        pixels = rollout.images.pixels
+        jobs.append(background.start({"mean": lambda: pixels.mean((1, 2, 3))}, pixels.device))
+
+    for _ in range(3):
+        rollout = engine.generate(prompts, 4, PARAMS, seed=1, on_drawings=begin)
+        assert_same(rollout, expected)
+        torch.testing.assert_close(rollout.images.pixels, expected.images.pixels, rtol=0, atol=1e-2)
+        assert torch.equal(jobs[-1].result()["mean"], rollout.images.pixels.mean((1, 2, 3)))
 
 
 def test_a_graph_captured_at_short_context_serves_long_ones(cuda_policy, prompts, monkeypatch):

@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from fastcorl.runtime.distributed import Distributed
-from fastcorl.runtime.hardware import HardwareMeter, PowerMeter, Reading, device_peak, hardware_record, peak_flops
+from fastcorl.runtime.hardware import (
+    HardwareMeter,
+    PowerMeter,
+    Reading,
+    device_peak,
+    hardware_note,
+    hardware_record,
+    peak_flops,
+)
 
 UUID = "ffc79498-8ff3-c2dc-3b0d-fafd804516ae"  # as torch prints it
 FIRST, SECOND = f"GPU-{UUID}", "GPU-00000000-0000-0000-0000-000000000001"
@@ -222,6 +230,17 @@ def test_the_gpu_that_cuda_means_whatever_its_number(kind, install, monkeypatch)
     assert reading.power_w == pytest.approx(500, rel=0.1)
     assert (reading.alloc_retries, reading.ooms) == (4, 0)
     assert (reading.peak_memory_gib, reading.reserved_memory_gib, reading.device_memory_gib) == (5, 6, 20)
+
+
+def test_a_run_says_what_will_be_known(install, monkeypatch):
+    assert hardware_note(CPU, torch.float32) == "MFU n/a (no peak is known for CPU), energy n/a (no NVML)"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=UUID))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {})
+    install(stand_in({f"GPU-{UUID}": Gpu()}))
+    assert hardware_note(CUDA, torch.bfloat16) == "MFU of 989 TFLOP/s (NVIDIA H200), energy by NVML"
+    install(None)
+    assert hardware_note(CUDA, torch.bfloat16) == "MFU of 989 TFLOP/s (NVIDIA H200), energy n/a (no NVML)"
 
 
 def test_a_cpu_tells_nothing():

@@ -153,6 +153,16 @@ def test_phases_add_up_to_wall_clock():
     assert timer.take() == {}
 
 
+def test_hidden_work_is_no_phase():
+    timer = PhaseTimer()
+    with timer.phase("rollout"):
+        timer.hide("score", 2.0)
+        timer.hide("score", 1.0)
+    assert list(timer.take()) == ["rollout"]
+    assert timer.take_hidden() == {"score_hidden_seconds": 3.0}
+    assert timer.take_hidden() == {}
+
+
 def test_peak_memory_is_this_process():
     assert 0.05 < peak_memory_gib() < 64
 
@@ -160,6 +170,11 @@ def test_peak_memory_is_this_process():
 def test_a_step_without_time_or_scores(record):
     line = step_line(record(seconds={}, metrics={}, rewards={}, memory_gib=math.nan), math.nan)
     assert line == "unified 1/40 | 0 tok/s 0.0 img/s | 0.00 s | nan GiB | ETA ?"
+
+
+def test_a_step_shows_what_the_hardware_told(record):
+    metrics = {"mfu": 0.4567, "power_w": 2751.4, "joules_per_image": 1234.5}
+    assert " img/s MFU 45.7% 1,234 J/img 2,751 W | " in step_line(record(metrics=metrics), 1.0)
 
 
 @pytest.mark.parametrize(

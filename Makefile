@@ -44,7 +44,7 @@ step := bench/bench_step.py bench/bench_scaling.py
 kernels := bench $(addprefix --ignore=,$(rollout) $(step))
 bench: MARK := not gpu
 bench-gpu: MARK := gpu
-bench-gpu: PARTS = kernels rollout
+bench-gpu: PARTS = kernels rollout step
 bench-gpu: RESULTS = bench/results/h200
 
 bench bench-gpu: install

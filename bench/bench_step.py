@@ -2,20 +2,23 @@
 
 Every round runs the baseline, our step without each of its features in turn, and our step, one after the other; ratios
 are medians over rounds of times taken within the same round, as in bench/bench_rollout.py. Peak memory is that of a
-process of its own (bench/step_memory.py).
+process of its own (bench/step_memory.py), on a GPU what torch allocates with both contestants there.
 """
 
+import math
 import time
 from collections import defaultdict
 from dataclasses import replace
 from statistics import median
 
-import pytest
+import torch
 
 from bench.bench_rollout import ratio
 from bench.peers.ours_step import FEATURES, OurStep
+from bench.shapes import parametrize
 from bench.step_memory import peak_of
 from bench.step_problems import BASELINE, OURS, PROBLEMS, FixedPrompts
+from fastcorl.runtime.hardware import HardwareMeter
 
 WITHOUT = {f"fastcorl, without {feature}": feature for feature in FEATURES}
 SAMPLES = (16, 64, 256)
@@ -31,6 +34,7 @@ class Contestants:
         self.baseline = problem.baseline(policy)
         self.ours = OurStep(problem.trainer(policy))
         self.prompts = problem.make_prompts()
+        self.meter = HardwareMeter(policy.device)
 
     def take(self, problem):
         """Further steps are of `problem`'s prompts."""
@@ -38,8 +42,14 @@ class Contestants:
         self.ours.trainer.collector.prompts = FixedPrompts(self.prompts)
 
     def step(self, provider):
-        """(seconds, seconds by phase, rows, mean answer length) of a step."""
+        """(seconds, seconds by phase, rows, mean answer length, what the hardware tells) of a step."""
+        device = self.meter.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            held = torch.cuda.memory_allocated(device)
+        self.meter.begin()
         start = time.perf_counter()
+        figures = {}
         if provider == BASELINE:
             result = self.baseline.step(self.prompts)
             rollout, phases = result.samples, result.seconds
@@ -47,7 +57,14 @@ class Contestants:
             with self.ours.without(WITHOUT.get(provider)):
                 record, rollout = self.ours.step()
             phases = record.seconds
-        return time.perf_counter() - start, phases, rollout.num_rows, float(rollout.texts.lengths.float().mean())
+            figures = {name: record.metrics[name] for name in ("mfu",) if name in record.metrics}
+        seconds, joules = time.perf_counter() - start, self.meter.read().joules
+        if math.isfinite(joules):
+            figures["joules_per_sample"] = joules / rollout.num_rows
+        if device.type == "cuda":  # on a CPU a process of its own tells
+            peak = torch.cuda.max_memory_allocated(device)
+            figures |= {"peak_mib": peak / 2**20, "extra_mib": (peak - held) / 2**20}
+        return seconds, phases, rollout.num_rows, float(rollout.texts.lengths.float().mean()), figures
 
 
 class Clock:
@@ -55,9 +72,10 @@ class Clock:
 
     def __init__(self):
         self.times, self.phases, self.lengths = defaultdict(list), defaultdict(list), defaultdict(list)
+        self.figures = {}
 
     def run(self, label, contestants, provider):
-        seconds, phases, rows, length = contestants.step(provider)
+        seconds, phases, rows, length, self.figures[label] = contestants.step(provider)
         self.times[label].append(seconds)
         self.phases[label].append(phases)
         self.lengths[label].append(length)
@@ -73,15 +91,19 @@ class Clock:
             "unit": "samples",
             "answer_tokens": median(self.lengths[label]),
             "phases_s": {name: median(each[name] for each in phases) for name in phases[0]},
+            **self.figures[label],
             **fields,
         }
 
 
-@pytest.mark.parametrize("shape", PROBLEMS)
+@parametrize(PROBLEMS)
 def bench_step(benchmark, shape):
     problem = PROBLEMS[shape]
-    providers = (BASELINE, *WITHOUT, OURS)
-    peaks = {provider: peak_of(shape, WITHOUT.get(provider, provider)) for provider in (BASELINE, OURS)}
+    without = WITHOUT if problem.feature_rounds else {}
+    providers = (BASELINE, *without, OURS)
+    peaks = {}
+    if problem.device == "cpu":
+        peaks = {provider: peak_of(shape, WITHOUT.get(provider, provider)) for provider in (BASELINE, OURS)}
     contestants, clock = Contestants(problem), Clock()
     contestants.step(OURS)  # warms up what our engine prepares for a shape
 

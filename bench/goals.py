@@ -33,6 +33,8 @@ MEASURES = {
     "times as fast as": ("≥", lambda ours, rival: rival["ratio_to_ours"]),
     "extra memory /": ("≤", lambda ours, rival: ours["extra_mib"] / rival["extra_mib"]),
     "time per sample /": ("≤", lambda ours, rival: rival["rate"] / ours["rate"]),
+    "MFU": ("≥", lambda ours, _: ours["mfu"]),
+    "peak GiB": ("≤", lambda ours, _: ours["peak_mib"] / 1024),
     "efficiency": ("≥", lambda ours, _: ours["efficiency"]),
     "share of the floor": ("≥", lambda ours, _: 1 / ours["ratio_to_floor"]),
     "images/s": ("≥", lambda ours, _: ours["rate"]),
@@ -92,6 +94,9 @@ GOALS = (
         Goal("step", f"quickstart, {count} samples", "quickstart, 16 samples", "time per sample /", 1.05)
         for count in (64, 256)
     ),
+    Goal("step", "Janus-Pro-1B", PLAIN, "times as fast as", 10.0),
+    Goal("step", "Janus-Pro-1B", "floor", "MFU", 0.45),
+    Goal("step", "Janus-Pro-1B", "floor", "peak GiB", 60.0),
     Goal("scaling", "quickstart, 2 ranks", "1 rank", "efficiency", 0.85),
 )
 

@@ -13,8 +13,8 @@ import torch
 from bench.memory import extra_bytes
 
 OURS = "fastcorl"
-SECONDS = {"cpu": 3.0, "cuda": 1.0}  # of measured rounds, and their number in any case
-MIN_ROUNDS, MAX_ROUNDS = 7, 200
+SECONDS = {"cpu": 1.0, "cuda": 1.0}  # of measured rounds, and their number in any case
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
 WARMUP_SECONDS = 0.5
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 

@@ -26,7 +26,7 @@ class Workload:
     kind: str
     prompts: int
     answer_tokens: int = 1
-    rounds: int = 3
+    rounds: int = 2
     device: str = "cpu"
 
     @property

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.baselines.plain_rewards import plain_rewards
 from bench.baselines.plain_trainer import PlainSettings, PlainTrainer
@@ -10,6 +10,7 @@ from bench.rollout_problems import SIZES, make_policy
 from fastcorl.config import Config
 from fastcorl.data import PromptData, load_rows
 from fastcorl.model import Policy, load_policy
+from fastcorl.model.fused_layers import use_liger
 from fastcorl.model.lean_layers import use_lean
 from fastcorl.records import Prompt
 from fastcorl.rewards import RewardModels
@@ -25,7 +26,7 @@ class StepProblem:
     """A unified step on `prompts` prompts, `group_size` drawings and answers each.
 
     The quickstart's answers end by themselves; those of a model with random weights do not. Our step without its
-    features is part of the first `feature_rounds` rounds only.
+    features is part of the first `feature_rounds` rounds only, or of none.
     """
 
     model: str
@@ -36,6 +37,7 @@ class StepProblem:
     pack_tokens: int
     rounds: int
     feature_rounds: int
+    device: str = "cpu"
 
     @property
     def rows(self) -> int:
@@ -44,14 +46,16 @@ class StepProblem:
     def policy(self) -> Policy:
         if self.model not in SIZES:
             return load_policy(self.model)
-        policy = make_policy(self.model, "cpu")
+        policy = make_policy(self.model, self.device)
         policy.lay_out()
         policy.janus.generation_config.eos_token_id = None
         return policy
 
     def make_prompts(self) -> list[Prompt]:
         rows = PromptData(load_rows("fastcorl.quickstart.data:train"))
-        return [rows[index] for index in range(self.prompts)]
+        prompts = [rows[index] for index in range(self.prompts)]
+        repeats = SIZES[self.model].repeats if self.model in SIZES else 1
+        return [replace(prompt, question=" ".join([prompt.question] * repeats)) for prompt in prompts]
 
     def config(self, **packing) -> Config:
         packing = {"tokens": self.pack_tokens, **packing}
@@ -64,14 +68,17 @@ class StepProblem:
 
     def trainer(self, policy: Policy, **packing) -> Trainer:
         """Ours, on `policy`, which gets the modules that a run takes by default."""
-        use_lean(policy.backbone)
+        if self.device == "cpu":
+            use_lean(policy.backbone)
+        else:
+            use_liger(policy.backbone, "auto")
         config = self.config(**packing)
         return Trainer(
             config,
             STAGE,
             config.stages[STAGE],
             policy,
-            RewardModels(config.rewards),
+            RewardModels(config.rewards, policy.device),
             FixedPrompts(self.make_prompts()),
             Distributed(0, 1, policy.device),
             launched=False,
@@ -99,7 +106,18 @@ PROBLEMS = {
     "quickstart": StepProblem(
         "quickstart", 8, 8, guidance=1.0, max_new_tokens=56, pack_tokens=1024, rounds=3, feature_rounds=2
     ),
-    "91M": StepProblem("91M", 1, 4, guidance=5.0, max_new_tokens=48, pack_tokens=512, rounds=2, feature_rounds=1),
+    "91M": StepProblem("91M", 1, 4, guidance=5.0, max_new_tokens=48, pack_tokens=512, rounds=3, feature_rounds=0),
+    "Janus-Pro-1B": StepProblem(
+        "Janus-Pro-1B",
+        16,
+        8,
+        guidance=5.0,
+        max_new_tokens=512,
+        pack_tokens=16384,
+        rounds=1,
+        feature_rounds=1,
+        device="cuda",
+    ),
 }
 
 

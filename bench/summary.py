@@ -13,8 +13,9 @@ HEADER = """| shape | provider | median | / floor | / fastcorl | rate | extra Mi
 ROLLOUT_HEADER = """| shape | provider | median | rate | / fastcorl | of floor | vision | prefill | decode | pixels |
 |---|---|--:|--:|--:|--:|--:|--:|--:|--:|"""
 
-STEP_HEADER = """| shape | provider | median | samples/s | / fastcorl | rollout | score | train | peak MiB | extra MiB |
-|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"""
+STEP_HEADER = """\
+| shape | provider | median | samples/s | / fastcorl | rollout | score | train | peak MiB | extra MiB | MFU | J/sample |
+|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"""
 
 SCALING_HEADER = """| shape | provider | median | / fastcorl | efficiency | communication | rollout | score | train |
 |---|---|--:|--:|--:|--:|--:|--:|--:|"""
@@ -34,7 +35,9 @@ A step goes from prompts to updated weights. `/ fastcorl` is a median of ratios 
 `extra MiB` what a step takes of it above what was resident before. The plain trainer samples 16 rows at a time, runs
 padded forwards with whole logits and the vision tower for every answer (bench/baselines). Without packing each sequence
 is a micro-batch of its own; without vision reuse the training forward runs the tower for every answer; without mixed
-rollout drawings and answers are sampled one after the other; without fused loss torch's autograd sees whole logits."""
+rollout drawings and answers are sampled one after the other; with rewards in turn or beside sampling, whichever is not
+the default of the device, the thread of `rollout.overlap` is switched; without fused loss torch's autograd sees whole
+logits. `MFU` is of the training phase, and energy by NVML, where there is a GPU."""
 
 SCALING_LEGEND = """
 `efficiency` of a provider is the time of a step on one rank alone over the provider's with as many samples on each
@@ -105,6 +108,8 @@ def step_row(entry):
         f"{entry['ratio_to_ours']:.2f}",
         *(duration(phases[name]) for name in ("rollout", "score", "train")),
         *(f"{entry[name]:.0f}" if name in entry else "" for name in ("peak_mib", "extra_mib")),
+        f"{entry['mfu']:.2f}" if "mfu" in entry else "",
+        f"{entry['joules_per_sample']:.3g}" if "joules_per_sample" in entry else "",
     )
     return "| " + " | ".join(cells) + " |"
 

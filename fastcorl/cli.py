@@ -12,6 +12,7 @@ from fastcorl.commands.export import Export
 from fastcorl.commands.export_drawings import ExportDrawings
 from fastcorl.commands.generate import Generate
 from fastcorl.commands.merge import Merge
+from fastcorl.commands.report import Report
 from fastcorl.errors import main_guard
 
 
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> None:
         | Annotated[Ask, tyro.conf.subcommand("ask")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[ExportDrawings, tyro.conf.subcommand("export-drawings")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Merge, tyro.conf.subcommand("merge")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")],

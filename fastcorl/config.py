@@ -161,6 +161,9 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up, down to zero at the stage's end unless constant."""
     max_grad_norm: Positive = 1.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What follows a step whose loss or gradient is not finite on any rank. Its update is not made; skip goes on, for
+    at most 3 such steps in a row."""
 
 
 class PackingConfig(Section):
@@ -204,6 +207,13 @@ class DeepSpeedConfig(Section):
 
 class LoggingConfig(Section):
     tensorboard: bool = True
+    """Show numbers and sample grids in TensorBoard, under the run's folder."""
+    wandb: bool = False
+    """The same in Weights & Biases; its own variables (WANDB_MODE, WANDB_ENTITY) say where."""
+    trackio: bool = False
+    """The same in trackio; TRACKIO_SPACE_ID shows it in a Space."""
+    project: Annotated[str, Field(min_length=1)] = "fastcorl"
+    """Project of wandb and trackio."""
     samples_every: Annotated[int, Field(ge=0)] = 50
     """Steps between sample grids; 0 turns them off."""
     num_samples: PositiveInt = 8
@@ -235,6 +245,9 @@ class CheckpointConfig(Section):
     """Steps between checkpoints inside a stage; 0 saves none. A finished stage is kept as its export."""
     keep: PositiveInt = 2
     """Newest checkpoints kept per run."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """What follows a checkpoint that could not be written, for a full disk: older ones are as they were, and the run
+    tells so in a line and tries again at the next, or ends."""
 
 
 class CompatConfig(Section):

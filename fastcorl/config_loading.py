@@ -59,6 +59,8 @@ def read_command_line(argv: Sequence[str]) -> tuple[Config, bool]:
 
 def _default_path() -> Path:
     path = REPOSITORY / "configs" / "quickstart.yaml"
+    if not path.exists():  # installed, where the configurations are in the package
+        path = Path(__file__).parent / "configs" / "quickstart.yaml"
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 

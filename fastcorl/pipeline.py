@@ -4,7 +4,7 @@ import gc
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -24,19 +24,25 @@ from fastcorl.parts import (
     rollout_engine,
     sampling_params,
 )
+from fastcorl.records import StepRecord
 from fastcorl.rewards import RewardModels
 from fastcorl.run_data import RunData
 from fastcorl.runtime import distributed
+from fastcorl.runtime.checkpoints import Found, Position
+from fastcorl.runtime.durable import placed, write_text
 from fastcorl.runtime.engine import engine_name
 from fastcorl.runtime.hardware import hardware_note
-from fastcorl.runtime.report import draw_report, print_scores, score_table
-from fastcorl.runtime.run_folder import Position, RunFolder, placed, write_text
+from fastcorl.runtime.report import draw_report, print_scores, read_run, score_table
+from fastcorl.runtime.report_page import write_page
+from fastcorl.runtime.run_folder import RunFolder
 from fastcorl.runtime.samples import save_samples
 from fastcorl.runtime.telemetry import Telemetry
+from fastcorl.runtime.termination import EXIT_CODE, Interrupted, Termination
 from fastcorl.tasks import expand, uses
 from fastcorl.trainer import Trainer
 
 BAD_ROWS = "bad_rows.jsonl"
+MAX_SKIPS = 3  # updates in a row, under optimizer.on_nonfinite skip
 
 
 def train(config: Config) -> None:
@@ -56,6 +62,7 @@ class Run:
 
     def __init__(self, config: Config, ranks: distributed.Distributed, *, launched: bool):
         self.config, self.ranks, self.launched = config, ranks, launched
+        self.termination = Termination(ranks)
         self.stages = expand(config)
         self.scorer = load_scorer(config.evaluation.scorer, "evaluation.scorer")
         check_stages(config, self.stages, ranks.world_size)
@@ -63,15 +70,14 @@ class Run:
         self.models = RewardModels(config.rewards, ranks.device, draws=uses(self.stages.values()).draws)
         self.data = RunData(config, self.stages, self.start_policy, self.models.caption_problem, ranks)
         self.folder = RunFolder(config)
-        self.checkpoint = self.folder.resume_from(config.resume)
-        self._check_checkpoint()
+        self.checkpoint, self.bad_checkpoints = self._find_checkpoint()
         steps = {name: 0 if stage.task == "merge" else stage.steps for name, stage in self.stages.items()}
         self.telemetry = Telemetry(self.folder.path, config.logging, steps, ranks.is_main)
         self.scores: list[dict] = []
 
     def train(self) -> None:
         try:
-            with self.telemetry:
+            with self.termination.handled(), self.telemetry:
                 self._open_folder()
                 self.telemetry.note(hardware_note(self.ranks.device, self.start_policy.dtype))
                 if not self.scores:
@@ -116,26 +122,64 @@ class Run:
     def _train_stage(self, name: str, stage: StageConfig) -> Policy:
         trainer = self._trainer(name, stage)
         first = 1
-        if self.checkpoint and self.checkpoint[1].stage == name:
-            folder, position = self.checkpoint
-            trainer.engine.load(folder)
-            first = position.step + 1
-            self.telemetry.note(f"{name}: resumed at step {first} from {folder}")
-        every = self.config.evaluation.every
+        if self.checkpoint and self.checkpoint.position.stage == name:
+            trainer.engine.load(self.checkpoint.folder)
+            first = self.checkpoint.position.step + 1
+            self.telemetry.note(f"{name}: resumed at step {first} from {self.checkpoint.folder}")
+        with self.termination.deferred():
+            self._train_steps(trainer, first)
+        trained = trainer.engine.full_policy()
+        trainer.close()
+        return trained
+
+    def _train_steps(self, trainer: Trainer, first: int) -> None:
+        name, stage, every = trainer.name, trainer.stage, self.config.evaluation.every
+        # A user's reward may keep a rank for its timeout; the first step, in which ranks compile, has no such limit.
+        least = distributed.SHORT_WAIT
+        if self.config.rewards.extra or self.config.rewards.pairwise:
+            least += self.config.rewards.timeout
+        wait = None
         for step in range(first, stage.steps + 1):
             probing = bool(every) and step % every == 0
-            record, rollout, scores = trainer.train_step(step, probe=probing and self.config.evaluation.gradient_cosine)
+            cosine = probing and self.config.evaluation.gradient_cosine
+            try:
+                with self.ranks.waiting(wait):
+                    record, rollout, scores = trainer.train_step(step, probe=cosine, stop=self.termination.asked)
+            except Interrupted:
+                self._leave(trainer, step - 1)
+            wait = max(wait or least, record.step_seconds)
             if probing and step < stage.steps:
                 record.scores = self._evaluate(f"{name} {step}", trainer.engine.full_policy())
             self.telemetry.write(record)
             for reward, failure in scores.failures.items():
                 self.telemetry.note(f"{name} step {step}: reward {reward} failed, its rows are not scored: {failure}")
+            self._check_applied(trainer, record)
             self._save_samples(name, step, rollout, scores)
             if self.config.checkpoint.every and step % self.config.checkpoint.every == 0:
                 self._save_checkpoint(trainer, step)
-        trained = trainer.engine.full_policy()
-        trainer.close()
-        return trained
+            if self.termination.asked():
+                self._leave(trainer, step)
+
+    def _check_applied(self, trainer: Trainer, record: StepRecord) -> None:
+        """Tell of an update that was not made, and end the run where it is one too many."""
+        if not trainer.refused:
+            return
+        told = (
+            f"{record.stage} step {record.step}: not applied, weights are as before: the loss is "
+            f"{record.metrics['loss']:g}, the gradient norm {record.metrics['grad_norm']:g}"
+        )
+        if self.config.optimizer.on_nonfinite == "stop":
+            raise UserError(f"{told} (optimizer.on_nonfinite skip goes on without up to {MAX_SKIPS} steps in a row)")
+        if trainer.refused > MAX_SKIPS:
+            raise UserError(f"{told}, for the {trainer.refused}th time in a row")
+        self.telemetry.note(f"{told}, {trainer.refused} of at most {MAX_SKIPS} times in a row")
+
+    def _leave(self, trainer: Trainer, step: int) -> NoReturn:
+        """End early, told so by SIGTERM, with a checkpoint of the last step that is done."""
+        if step and self.config.checkpoint.every:
+            self._save_checkpoint(trainer, step)
+        self.telemetry.note(f"{trainer.name}: SIGTERM ends the run after step {step}; --resume auto continues it")
+        raise SystemExit(EXIT_CODE)
 
     def _choose_order(self, name: str) -> None:
         """Before the first part of an ordered stage: measure which order forgets least, or read what was measured."""
@@ -163,7 +207,7 @@ class Run:
             change = {"task": task, "steps": stage.probe_steps}
             trainer = self._trainer(f"probe_{task}", part.model_copy(update=change))
             for step in range(1, stage.probe_steps + 1):
-                trainer.train_step(step)
+                self._check_applied(trainer, trainer.train_step(step)[0])
             scores = self._task_scores(trainer.engine.full_policy(), stage.order)
             trainer.close()
             del trainer
@@ -227,20 +271,26 @@ class Run:
             global_step=self.telemetry.global_step(trainer.name, step),
             **self._engine_facts(),
         )
-        self.folder.save(
+        problem = self.folder.checkpoints.save(
             position,
             trainer.engine.save,
-            self.ranks.barrier,
+            self.ranks.gather,
             main=self.ranks.is_main,
-            keep=self.config.checkpoint.keep,
+            keep=None if trainer.refused else self.config.checkpoint.keep,
         )
+        if problem:
+            told = f"{trainer.name} step {step}: no checkpoint was written, older ones are as they were: {problem}"
+            if self.config.checkpoint.on_failure == "stop":
+                raise UserError(told)
+            self.telemetry.note(told)
 
     def _report(self) -> None:
         folder = self.folder.path
         draw_report(folder)
         write_text(folder / "scores.md", score_table(self.scores))
         print_scores(self.scores, self.telemetry.console)
-        self.telemetry.note(f"report {folder / 'report.png'}, samples {folder / 'samples'}, models {folder / 'export'}")
+        page = write_page([read_run(folder)], folder / "report.html")
+        self.telemetry.note(f"report {page}, samples {folder / 'samples'}, models {folder / 'export'}")
 
     def _load(self, source: str) -> Policy:
         """The policy of the configured model, or of a finished stage."""
@@ -268,10 +318,23 @@ class Run:
             "lora": describe_lora(self.config),
         }
 
-    def _check_checkpoint(self) -> None:
-        if self.checkpoint is None:
-            return
-        folder, position = self.checkpoint
+    def _find_checkpoint(self) -> tuple[Found | None, list[str]]:
+        """The checkpoint to go on from, and lines on bad ones. The first rank reads them, for all."""
+        found: tuple[Found | None, list[str]] | UserError = (None, [])
+        if self.ranks.is_main:
+            try:
+                found = self.folder.checkpoints.find(self.config.resume)
+                if found[0]:
+                    self._check_fits(found[0])
+            except UserError as error:
+                found = error
+        found = self.ranks.gather(found)[0]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _check_fits(self, checkpoint: Found) -> None:
+        folder, position = checkpoint.folder, checkpoint.position
         if position.stage not in self.stages:
             raise UserError(f"resume: {folder} is of stage {position.stage!r}, which this configuration does not have")
         for name, here in self._engine_facts().items():
@@ -285,7 +348,7 @@ class Run:
             return []
         order = list(self.stages)
         if self.config.resume != "auto":
-            return order[: order.index(self.checkpoint[1].stage)]
+            return order[: order.index(self.checkpoint.position.stage)]
         exported = [self.folder.export(name).exists() for name in order]
         return order[: exported.index(False) if False in exported else len(order)]
 
@@ -304,12 +367,16 @@ class Run:
         self.ranks.barrier()
         if not self.ranks.is_main:  # what all ranks know is listed by now; this is for what each meets on its own
             self.data.write_bad_rows(self.folder.path / BAD_ROWS)
-        for line in self.data.notes():
+        for line in [*self.bad_checkpoints, *self.data.notes()]:
             self.telemetry.note(line)
+        if self.checkpoint and self.checkpoint.config_hash != self.folder.checkpoints.config_hash:
+            self.telemetry.note(f"the configuration is not the one that {self.checkpoint.folder} was written under")
         scores = self.folder.path / "scores.json"
         if resume and scores.exists():
             self.scores = json.loads(scores.read_text())
-        self.ranks.barrier()
+        problem = self.ranks.gather(self.telemetry.start_trackers(self.config.dump()))[0]
+        if problem:
+            raise UserError(problem)
 
     def _go_back(self) -> None:
         """Forget what was logged after the point the run continues from."""
@@ -318,8 +385,8 @@ class Run:
         stage, step = order[0], 0
         if finished:
             stage, step = finished[-1], self.stages[finished[-1]].steps
-        if self.checkpoint and self.checkpoint[1].stage in remaining[:1]:
-            position = self.checkpoint[1]
+        if self.checkpoint and self.checkpoint.position.stage in remaining[:1]:
+            position = self.checkpoint.position
             stage, step = position.stage, position.step
             self.folder.abandon_after(position.global_step, remaining)
         self.telemetry.truncate_after(order, stage, step)

@@ -1,6 +1,7 @@
 """The training loop of one stage: rollout -> score -> pack -> (reference) -> advantages -> update."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -36,6 +37,7 @@ from fastcorl.runtime.reference import Reference
 from fastcorl.runtime.step_hardware import StepHardware
 from fastcorl.runtime.step_metrics import StepMetrics
 from fastcorl.runtime.telemetry import PhaseTimer
+from fastcorl.runtime.termination import Interrupted
 from fastcorl.tasks import TASKS
 
 
@@ -76,6 +78,7 @@ class Trainer:
             self.engines.append(rollout_engine(config, policy))
         rewards = reward_suite(config, models, policy, matcher, self.engines[-1])
         group_size = stage.group_size or config.algorithm.group_size
+        self.refused = 0  # steps in a row whose update was not made, because something was not finite
         self.timer = PhaseTimer()
         self.collector = Collector(
             config.algorithm,
@@ -90,8 +93,13 @@ class Trainer:
             overlap=overlaps(config, policy.device),
         )
 
-    def train_step(self, step: int, *, probe: bool = False) -> tuple[StepRecord, Rollout, Scores]:
-        """Sample, score and update; `step` counts from 1. `probe` adds the cosine between the tasks' gradients."""
+    def train_step(
+        self, step: int, *, probe: bool = False, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[StepRecord, Rollout, Scores]:
+        """Sample, score and update; `step` counts from 1. `probe` adds the cosine between the tasks' gradients.
+
+        `stop`, the same on all ranks, is asked before the update: Interrupted leaves the weights as they were.
+        """
         draw, answer = self._modalities(step)
         self.hardware.begin()
         with self.timer.phase("rollout"):
@@ -113,9 +121,15 @@ class Trainer:
         if probe and draw and answer:
             with self.timer.phase("probe"):
                 metrics.add_figures(gradient_cosine(self.objective, batches, totals, self.ranks.mean))
+        if stop():
+            raise Interrupted
         with self.timer.phase("train"):
-            for iteration in range(self.algorithm.num_iterations):
-                self._update(step, batches, totals, metrics, first=iteration == 0)
+            # After one that was refused the next would see the same weights and the same data.
+            updates = range(self.algorithm.num_iterations)
+            applied = all(self._update(step, batches, totals, metrics, first=index == 0) for index in updates)
+        self.refused = 0 if applied else self.refused + 1
+        if not applied:
+            metrics.add_figures({"skipped_updates": 1.0})
         if self.algorithm.num_iterations > 1:
             with self.timer.phase("drift"):
                 self._measure_drift(batches, metrics)
@@ -143,27 +157,27 @@ class Trainer:
 
     def _update(
         self, step: int, batches: list[PackedBatch], totals: StepTotals, metrics: StepMetrics, *, first: bool
-    ) -> None:
-        """One optimizer step over all micro-batches."""
+    ) -> bool:
+        """One optimizer step over all micro-batches. False where it was not made, since something was not finite."""
         rate = learning_rate_at(step, self.stage.steps, self.learning_rate, self.config.optimizer)
         total = 0.0
         for index, batch in enumerate(batches):
             loss, losses = self.engine.forward(batch, totals)
             self.engine.backward(loss, last=index + 1 == len(batches))
-            total += float(loss.detach())
+            total = total + loss.detach()
             metrics.add(batch, losses, on_policy=first)
             if first and self.algorithm.num_iterations > 1:
                 for modality, result in losses.items():
                     rows = getattr(batch, modality)
                     if rows.old_log_probs is None:
                         rows.old_log_probs = result.log_probs
-        # Every rank must see the same verdict before any of them updates.
-        (bad,) = self.ranks.reduce([float(not math.isfinite(total))], "max")
-        if bad:
-            raise FloatingPointError(f"{self.name} step {step}: the loss is not finite; it was not applied")
-        metrics.add_update(total, self.engine.step(rate), rate)
+        norm = self.engine.step(rate)
+        metrics.add_update(float(total), norm, rate)
+        if not math.isfinite(norm):
+            return False
         for engine in self.engines:
             engine.weight_version += 1
+        return True
 
     def _measure_drift(self, batches: list[PackedBatch], metrics: StepMetrics) -> None:
         """How far the updates of a step have taken the policy from where their ratios start."""

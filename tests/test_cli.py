@@ -68,6 +68,31 @@ def test_merge_of_a_model_with_itself_is_that_model(tmp_path):
     assert all((before[name].float() == after[name]).all() for name in before)
 
 
+def write_run(folder) -> str:
+    fields = {"stage": "unified", "step": 1, "total_steps": 1, "rewards": {"total": 1.0}, "metrics": {}, "scores": {}}
+    folder.mkdir(parents=True)
+    line = json.dumps(fields | {"seconds": {"rollout": 1.0}, "tokens": 8, "images": 1, "memory_gib": 1.0})
+    (folder / "metrics.jsonl").write_text(line + "\n")
+    return str(folder)
+
+
+def test_report_is_written_into_the_run(tmp_path, capsys):
+    main(["report", write_run(tmp_path / "one")])
+    assert "report.html" in capsys.readouterr().out
+    assert "one" in (tmp_path / "one" / "report.html").read_text()
+    assert Image.open(tmp_path / "one" / "report.png").format == "PNG"
+
+
+def test_report_compares_runs_of_one_name(tmp_path):
+    runs = [write_run(tmp_path / parent / "same") for parent in ("a", "b")]
+    main(["report", *runs, "--out", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(run in page for run in runs)
+    assert (tmp_path / "out" / "report.png").exists()
+    with pytest.raises(SystemExit):
+        main(["report", runs[0], runs[0], "--out", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -84,7 +109,10 @@ def test_merge_of_a_model_with_itself_is_that_model(tmp_path):
         ["merge", "--base", "quickstart", "--models", "quickstart", "quickstart", "quickstart", "--out", "/tmp/never"],
         ["export-drawings", "--layout", "wise", "--prompts", "/no/such/prompts.json", "--out", "/tmp/never"],
         ["export", "--from", "/no/such/model", "--out", "/tmp/never"],
-        ["doctor"],
+        ["doctor", "--timeout", "0"],
+        ["report"],
+        ["report", "/no/such/run"],
+        ["report", "/tmp"],
         ["doctor", "--data", "fastcorl.quickstart.data:held_out", "--columns", "promt", "x"],
         ["evaluate", "--columns", "promt", "x"],
         ["evaluate", "--templates", "MC", "no place"],

@@ -2,8 +2,9 @@
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fastcorl.commands.shared import check_flag
@@ -14,15 +15,25 @@ if TYPE_CHECKING:
     from fastcorl.data import BadRow, PromptLengths, Rows, RowStream
 
 SHOWN_BAD_ROWS = 10
+SYSTEM_FLAGS = ("data", "system", "json", "output_dir", "timeout")
 
 
 @dataclass
 class Doctor:
-    """Look at a data set without training: its rows, questions, images, lengths, and what is wrong with it.
+    """Look at the system without training: versions, GPUs, compilers, and which backends really work. With --data, look
+    at a data set instead: its rows, questions, images, lengths, and what is wrong with it.
 
-    Exit code 1 means too many bad rows, 2 a source that cannot be read.
+    Exit code 1 means that something needed is broken, or too many bad rows; 2 a source that cannot be read.
     """
 
+    system: bool = False
+    """Look at the system, with --data too."""
+    json: bool = False
+    """Print the report on the system as JSON."""
+    output_dir: Path = Path("runs")
+    """Where runs are to be written."""
+    timeout: float = 120.0
+    """Seconds until a library that is tried is taken to hang."""
     data: str | None = None
     """Data to look at, in any form that data.train takes."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -48,15 +59,39 @@ class Doctor:
     """Bad rows that are allowed, as data.max_bad_fraction."""
 
     def run(self) -> None:
+        if not self.timeout > 0:
+            raise UserError(f"--timeout {self.timeout:g}: must be above 0")
         if self.data is None:
-            raise UserError("doctor: nothing to look at; give --data")
+            self._refuse_flags_of_data()
+        elif self.json:
+            raise UserError("--json: is the report on the system alone; leave --data out")
+        fit = self._look_at_system() if self.system or self.data is None else True
+        if self.data is not None:
+            self._look_at_data(self.data)
+        if not fit:
+            raise SystemExit(1)
+
+    def _refuse_flags_of_data(self) -> None:
+        for each in fields(self):
+            default = each.default if each.default_factory is MISSING else each.default_factory()
+            if each.name not in SYSTEM_FLAGS and getattr(self, each.name) != default:
+                raise UserError(f"--{each.name.replace('_', '-')}: is about a data set; give --data")
+
+    def _look_at_system(self) -> bool:
+        from fastcorl.commands.doctor_system import as_json, as_text, examine_system, is_fit
+
+        report = examine_system(self.output_dir, self.timeout)
+        print(as_json(report) if self.json else as_text(report))
+        return is_fit(report)
+
+    def _look_at_data(self, source: str) -> None:
         check_flag("--columns", check_columns, self.columns)
         if self.max_rows is not None and self.max_rows < 1:
             raise UserError(f"--max-rows {self.max_rows}: must be at least 1")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"--max-bad-fraction {self.max_bad_fraction}: must be from 0 to 1")
         try:
-            passed = self._look(self.data)
+            passed = self._look(source)
         except UserError as error:
             text = str(error).replace("in data.columns, as in --data.columns", "as in --columns")
             raise UserError(text.replace("set data.streaming to true", "give --streaming")) from error

@@ -2,12 +2,18 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Seconds that a rank waits for another in a collective.
+LONG_WAIT = 1800.0
+SHORT_WAIT = 120.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,21 @@ class Distributed:
         if self.world_size > 1:
             dist.barrier()
 
+    @contextmanager
+    def waiting(self, seconds: float | None) -> Iterator[None]:
+        """Inside the block a rank that hears nothing of another for `seconds` in a collective gives up, which ends the
+        run. None, and outside it, is LONG_WAIT: for first steps, in which ranks compile, and for saving."""
+        self._set_wait(seconds or LONG_WAIT)
+        try:
+            yield
+        finally:
+            self._set_wait(LONG_WAIT)
+
+    def _set_wait(self, seconds: float) -> None:
+        if self.world_size > 1:
+            for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed has groups of its own
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
 
 def start(*, threads: int, process_group: bool) -> Distributed:
     """Join the launcher's process group, if any, and choose device and thread count.
@@ -73,7 +94,7 @@ def start(*, threads: int, process_group: bool) -> Distributed:
         }.items():
             os.environ.setdefault(key, value)
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=LONG_WAIT))
     return Distributed(rank, world_size, device)
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +14,8 @@ from fastcorl.config import DeepSpeedConfig, OptimizerConfig
 from fastcorl.errors import UserError
 from fastcorl.runtime.distributed import Distributed
 
+STATE_FILE = "train_state.safetensors"
+
 
 class TrainEngine(Protocol):
     """Drives one module whose forward returns a loss first. `module.policy` is the model that is trained."""
@@ -19,14 +23,18 @@ class TrainEngine(Protocol):
     def forward(self, *args: Any) -> Any: ...
     def backward(self, loss: torch.Tensor, *, last: bool) -> None: ...
     def step(self, learning_rate: float) -> float:
-        """Clip, update, clear gradients. Returns the gradient norm before clipping."""
+        """Clip, update, clear gradients. Returns the gradient norm before clipping, the same on all ranks; where it is
+        not finite nothing was updated, and a loss of any rank that was not finite makes it so."""
         ...
 
     def full_policy(self) -> nn.Module:
         """The policy with whole, current weights, for sampling and export. A collective call under ZeRO 3."""
         ...
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path) -> None:
+        """Write the state of training into `folder`, every rank its part. OSError where it cannot be written."""
+        ...
+
     def load(self, folder: Path) -> None: ...
     def close(self) -> None: ...
 
@@ -96,7 +104,7 @@ class _PlainEngine:
         return self.module(*args)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        loss.backward()
+        _telling(loss).backward()
         for weight, master in zip(self.weights, self.masters, strict=True):
             if master is not weight and weight.grad is not None:
                 gradient = weight.grad.float()
@@ -108,8 +116,10 @@ class _PlainEngine:
             # A head that a stage does not use: AdamW then keeps the same state for it as DeepSpeed does.
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-        norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
-        _check_norm(norm, "weights are as before the step")
+        norm = float(nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm))
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad()
+            return norm
         _set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -117,24 +127,28 @@ class _PlainEngine:
             for weight, master in zip(self.weights, self.masters, strict=True):
                 if master is not weight:
                     weight.copy_(master)
-        return float(norm)
+        return norm
 
     def full_policy(self) -> nn.Module:
         return self.module.policy
 
     def save(self, folder: Path) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {f"master.{i}": master.detach() for i, master in enumerate(self.masters)}
         for i, master in enumerate(self.masters):
             for key, value in self.optimizer.state[master].items():
                 tensors[f"{key}.{i}"] = value.detach().reshape(-1) if value.ndim == 0 else value.detach()
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "train_state.safetensors")
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / STATE_FILE)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
     def load(self, folder: Path) -> None:
         from safetensors.torch import load_file
 
-        tensors = load_file(folder / "train_state.safetensors")
+        tensors = load_file(folder / STATE_FILE)
         with torch.no_grad():
             for i, (weight, master) in enumerate(zip(self.weights, self.masters, strict=True)):
                 master.copy_(tensors[f"master.{i}"])
@@ -183,20 +197,22 @@ class _DeepSpeedEngine:
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss)
+        self.engine.backward(_telling(loss))
 
     def step(self, learning_rate: float) -> float:
         _set_learning_rate(self.optimizer, learning_rate)
-        # Without ZeRO DeepSpeed clips through torch and keeps no norm; the gradients are whole and reduced by now.
+        if hasattr(self.optimizer, "_global_grad_norm"):
+            # DeepSpeed's own optimizers look at the reduced norm first: not finite, they drop the gradients.
+            self.engine.step()
+            return float(self.engine.get_global_grad_norm())
+        # torch's, in float32 without ZeRO, looks at nothing; the gradients are whole and reduced by now.
         gradients = [parameter.grad for parameter in _trained(self.module) if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients) if self.zero_stage == 0 and gradients else None
-        if norm is not None:
-            _check_norm(norm, "weights are as before the step")
-        self.engine.step()
-        kept = self.engine.get_global_grad_norm()
-        norm = norm if kept is None else kept
-        _check_norm(norm, "weights are spoilt: resume from a checkpoint")
-        return float(norm)
+        norm = float(nn.utils.get_total_norm(gradients))
+        if math.isfinite(norm):
+            self.engine.step()
+        else:
+            self.engine.zero_grad()
+        return norm
 
     def full_policy(self) -> nn.Module:
         if self.shadow is None:
@@ -209,7 +225,11 @@ class _DeepSpeedEngine:
         return self.shadow
 
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        # Raised inside, a full disk of one rank would leave the others in a barrier of DeepSpeed's.
+        with _errors_kept(self.engine.checkpoint_engine) as errors:
+            self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        if errors:
+            raise OSError(str(errors[0]))
 
     def load(self, folder: Path) -> None:
         path, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed", load_lr_scheduler_states=False)
@@ -221,9 +241,28 @@ class _DeepSpeedEngine:
         self.engine = self.optimizer = self.shadow = None
 
 
-def _check_norm(norm: torch.Tensor | float, state: str) -> None:
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient norm is {float(norm)}; {state}")
+def _telling(loss: torch.Tensor) -> torch.Tensor:
+    """The loss times 1, or times NaN if it is not finite: reduced gradients then tell every rank, and no host waits."""
+    return loss * (1 + 0 * loss.detach())
+
+
+@contextmanager
+def _errors_kept(checkpoint_engine: Any) -> Iterator[list[Exception]]:
+    """Inside the block `save` of DeepSpeed's writer appends what goes wrong to the list instead of raising it."""
+    errors: list[Exception] = []
+    save = checkpoint_engine.save
+
+    def attempt(*args: Any, **options: Any) -> Any:
+        try:
+            return save(*args, **options)
+        except (OSError, RuntimeError) as error:  # torch.save raises either where the disk is full
+            errors.append(error)
+
+    checkpoint_engine.save = attempt
+    try:
+        yield errors
+    finally:
+        del checkpoint_engine.save
 
 
 def _set_learning_rate(optimizer: Any, learning_rate: float) -> None:
@@ -235,13 +274,15 @@ def _deepspeed_json(
     config: DeepSpeedConfig, optimizer: OptimizerConfig, ranks: Distributed, dtype: torch.dtype
 ) -> dict[str, Any]:
     settings = config.settings()
-    settings.setdefault("zero_optimization", {})["stage"] = config.zero_stage
+    zero = settings.setdefault("zero_optimization", {})
+    zero["stage"] = config.zero_stage
+    zero.pop("compute_grad_norm", None)  # its norm says whether all is finite
     settings |= {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": ranks.world_size,
         "gradient_clipping": optimizer.max_grad_norm,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

@@ -1,6 +1,8 @@
-"""Pictures of what a rollout sampled: a grid of drawings to look at, and a text file with the answers."""
+"""What a rollout sampled: a grid of drawings to look at, and a text file with the answers, which can be read back."""
 
 import math
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,27 @@ from fastcorl.records import Rollout, Scores
 SMALL_SIDE, LARGE_SIDE = 96, 192
 GAP, MARGIN, LINE = 6, 10, 16
 TITLE_LINES = 2
+INDENT = "    "  # of answers in the text file
 BACKGROUND, INK, FAINT, BEST, FRAME = (255, 255, 255), (25, 25, 25), (110, 110, 110), (0, 120, 60), (205, 205, 205)
+
+
+@dataclass(frozen=True)
+class SampleFile:
+    """The samples of a step: a picture, and a text file of the same name."""
+
+    global_step: int
+    stage: str
+    step: int
+    picture: Path
+
+
+@dataclass(frozen=True)
+class SampledPrompt:
+    """A prompt in a text file of samples, with its answers as (reward, answer)."""
+
+    question: str
+    solution: str
+    answers: list[tuple[str, str]]
 
 
 def save_samples(path_stem: str | Path, rollout: Rollout, scores: Scores, num_prompts: int) -> np.ndarray:
@@ -129,6 +151,31 @@ def _text(rollout: Rollout, scores: Scores, count: int) -> str:
             lines.append(f"[{row % rollout.group_size + 1}] reward {_number(totals[row])} ({rewards})")
             if rollout.texts is not None:
                 cut = "" if rollout.texts.finished[row] else "  (cut at the length limit)"
-                lines.append(f"    {rollout.texts.answers[row]}{cut}")
+                lines.append(f"{INDENT}{rollout.texts.answers[row]}{cut}")
         lines.append("")
     return "\n".join(lines)
+
+
+def sample_files(folder: str | Path) -> list[SampleFile]:
+    """The samples under a run's folder `samples/`, which are named `<global step>-<stage>-<step>`, oldest first."""
+    found = []
+    for picture in Path(folder).glob("*.png"):
+        if name := re.fullmatch(r"(\d+)-(\w+)-(\d+)", picture.stem):
+            found.append(SampleFile(int(name[1]), name[2], int(name[3]), picture))
+    return sorted(found, key=lambda file: file.global_step)
+
+
+def read_answers(path: str | Path) -> list[SampledPrompt]:
+    """The prompts of a text file that `save_samples` wrote; none has answers where only drawings were sampled."""
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    prompts = []
+    for block in re.split(r"^=== ", text, flags=re.M)[1:]:
+        head, *rows = re.split(r"^\[\d+\] reward (\S+) .*\n?", block, flags=re.M)
+        asked = re.search(r"^question: (.*?)\nsolution: (.*)", head, flags=re.M | re.S)
+        answers = [
+            (reward, answer.strip())
+            for reward, answer in zip(rows[::2], rows[1::2], strict=True)
+            if answer.startswith(INDENT)
+        ]
+        prompts.append(SampledPrompt(asked[1] if asked else "", asked[2].strip() if asked else "", answers))
+    return prompts

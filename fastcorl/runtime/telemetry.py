@@ -1,4 +1,4 @@
-"""What a run reports while it runs: metrics.jsonl, TensorBoard, and one console line per step.
+"""What a run reports while it runs: metrics.jsonl, trackers, and one console line per step.
 
 metrics.jsonl is the record that `truncate_after`, `read_records` and the report rely on; the rest is for watching.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,10 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from fastcorl.config import LoggingConfig
+from fastcorl.errors import UserError
 from fastcorl.records import StepRecord
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from fastcorl.runtime.trackers import TrackedRun, Trackers, rate, scalars_of
 
 METRICS_FILE = "metrics.jsonl"
 ETA_DECAY = 0.9
@@ -110,6 +109,8 @@ def read_records(run_dir: str | Path) -> list[StepRecord]:
 class Telemetry:
     """Writes what a run reports. Only the main rank writes; on any other every method does nothing.
 
+    Trackers are told from `start_trackers` on; one that is not installed is a UserError here, on every rank.
+
     `total_steps_by_stage` holds the stages in the order they run; the global step counts through them.
     """
 
@@ -126,14 +127,14 @@ class Telemetry:
         self.console = console or Console()
         # Not `console.is_terminal`: FORCE_COLOR makes it true in log files, where a live bar is rubbish.
         self._on_terminal = self.console.file.isatty() and not self.console.is_dumb_terminal
-        self._use_tensorboard = config_logging.tensorboard and is_main
+        self._project = config_logging.project
+        self._trackers = Trackers(config_logging, self.note)
         self._first_global_step: dict[str, int] = {}
         self._total = 0
         for stage, steps in total_steps_by_stage.items():
             self._first_global_step[stage] = self._total
             self._total += steps
         self._metrics = None
-        self._writer: SummaryWriter | None = None
         self._purge_step: int | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -142,12 +143,25 @@ class Telemetry:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self.close(failed=kind is not None)
 
     def global_step(self, stage: str, step: int) -> int:
         """Steps since the start of the run, given the step within `stage`."""
         return self._first_global_step[stage] + step
+
+    def start_trackers(self, settings: Mapping[str, Any]) -> str | None:
+        """Start watching, with the resolved configuration to show; returns why it cannot be, if so.
+
+        Call when the run's folder is there and is truncated.
+        """
+        if not self.is_main:
+            return None
+        try:
+            self._trackers.start(TrackedRun(self.run_dir, self._project, settings, self._purge_step))
+        except UserError as error:
+            return str(error)
+        return None
 
     def write(self, record: StepRecord) -> None:
         """Report one step everywhere."""
@@ -157,13 +171,12 @@ class Telemetry:
             self._metrics = self._open_metrics()
         self._metrics.write(_to_json(record) + "\n")
         self._metrics.flush()
-        self._write_tensorboard(record)
+        self._trackers.scalars(scalars_of(record), self.global_step(record.stage, record.step))
         self._show(record)
 
     def image(self, tag: str, array: np.ndarray, step: int) -> None:
-        """Log an (H, W, 3) uint8 picture to TensorBoard at a global step."""
-        if writer := self._tensorboard():
-            writer.add_image(tag, array, step, dataformats="HWC")
+        """Show an (H, W, 3) uint8 picture in the trackers at a global step."""
+        self._trackers.image(tag, array, step)
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -171,7 +184,7 @@ class Telemetry:
             self._print(Text(text), text)
 
     def truncate_after(self, stage_order: Sequence[str], stage: str, step: int) -> None:
-        """Forget everything after `step` of `stage`, where a resumed run goes on. Call before the first `write`."""
+        """Forget everything after `step` of `stage`, where a resumed run goes on. Call before anything is told."""
         if not self.is_main:
             return
         self.close()
@@ -191,14 +204,12 @@ class Telemetry:
         shorter.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(shorter, path)
 
-    def close(self) -> None:
-        """Flush and release everything; a later `write` opens it again."""
+    def close(self, *, failed: bool = False) -> None:
+        """Flush and release everything; trackers learn whether the run `failed`. A later `write` is kept, not shown."""
         if self._progress:
             self._progress.stop()
             self._progress = None
-        if self._writer:
-            self._writer.close()
-            self._writer = None
+        self._trackers.close(failed=failed)
         if self._metrics:
             self._metrics.close()
             self._metrics = None
@@ -209,29 +220,6 @@ class Telemetry:
         if path.exists():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         return path.open("a", encoding="utf-8", newline="\n")
-
-    def _tensorboard(self) -> "SummaryWriter | None":
-        if self._use_tensorboard and self._writer is None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                self._use_tensorboard = False
-                self.note("TensorBoard is not installed (pip install tensorboard); metrics.jsonl is still written.")
-                return None
-            self._writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self._purge_step, flush_secs=30)
-        return self._writer
-
-    def _write_tensorboard(self, record: StepRecord) -> None:
-        writer = self._tensorboard()
-        if writer is None:
-            return
-        step = self.global_step(record.stage, record.step)
-        for group in ("rewards", "metrics", "seconds", "scores"):
-            for name, value in getattr(record, group).items():
-                writer.add_scalar(f"{group}/{name}", float(value), step)
-        writer.add_scalar("throughput/tokens_per_second", _rate(record.tokens, record.step_seconds), step)
-        writer.add_scalar("throughput/images_per_second", _rate(record.images, record.step_seconds), step)
-        writer.add_scalar("memory/gib", record.memory_gib, step)
 
     def _show(self, record: StepRecord) -> None:
         done = self.global_step(record.stage, record.step)
@@ -268,7 +256,7 @@ def step_line(record: StepRecord, eta_seconds: float) -> str:
     seconds = record.step_seconds
     rewards = " ".join(f"{name} {value:.3f}" for name, value in record.rewards.items())
     metrics = " ".join(f"{name} {value:.3g}" for name, value in record.metrics.items() if _is_headline(name))
-    rates = f"{_rate(record.tokens, seconds):,.0f} tok/s {_rate(record.images, seconds):,.1f} img/s"
+    rates = f"{rate(record.tokens, seconds):,.0f} tok/s {rate(record.images, seconds):,.1f} img/s"
     hardware = [text.format(record.metrics[name]) for name, text in HARDWARE.items() if name in record.metrics]
     phases = " ".join(f"{name} {value:.2f}" for name, value in record.seconds.items())
     scores = " ".join(f"{name} {value:.1%}" for name, value in record.scores.items())
@@ -315,10 +303,6 @@ def _progress_bar(console: Console) -> Progress:
 
 def _is_headline(name: str) -> bool:
     return name == "grad_norm" or not {"loss", "kl"}.isdisjoint(re.split(r"[/_]", name))
-
-
-def _rate(amount: float, seconds: float) -> float:
-    return amount / seconds if seconds > 0 else 0.0
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -92,7 +92,7 @@ def test_lengths(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "give --data"),
+        (["--task", "mc"], "--task: is about a data set; give --data"),
         (["--data", "no/such/x.parquet"], "fastcorl: --data no/such/x.parquet: no such file or folder"),
         (["--data", "fastcorl.quickstart.data:train", "--max-rows", "0"], "--max-rows 0: must be at least 1"),
         (["--data", "fastcorl.quickstart.data:train", "--max-bad-fraction", "2"], "must be from 0 to 1"),

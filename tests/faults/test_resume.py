@@ -36,7 +36,7 @@ def copy_killed_in_t2i(finished, tmp_path):
     shutil.copytree(finished, copy)
     for stage in ("t2i", "mc", "oe", "merge"):
         shutil.rmtree(copy / "export" / stage)
-    for checkpoint in (copy / "checkpoints").iterdir():
+    for checkpoint in (copy / "checkpoints").glob("step-*"):
         if int(checkpoint.name.split("-")[1]) > 3:
             shutil.rmtree(checkpoint)
     return copy

@@ -28,7 +28,8 @@ def finished_run(tmp_path_factory):
 
 def test_run_folder_is_complete(finished_run):
     folder, _ = finished_run
-    for name in ("config.yaml", "metrics.jsonl", "scores.json", "scores.md", "report.png", "tensorboard", "samples"):
+    files = ("config.yaml", "metrics.jsonl", "scores.json", "scores.md", "report.png", "report.html")
+    for name in (*files, "tensorboard", "samples"):
         assert (folder / name).exists(), name
     assert {path.name for path in (folder / "export").iterdir()} == {"unified", "t2i", "mc", "oe", "merge"}
     assert len(list((folder / "samples").glob("*.png"))) == 5
@@ -86,7 +87,7 @@ def test_resume_continues_to_the_same_end(tmp_path, finished_run):
     for stage in ("t2i", "mc", "oe", "merge"):
         shutil.rmtree(copy / "export" / stage)
     shutil.rmtree(copy / "export" / "unified")
-    for checkpoint in (copy / "checkpoints").iterdir():
+    for checkpoint in (copy / "checkpoints").glob("step-*"):
         if checkpoint.name != "step-1":
             shutil.rmtree(checkpoint)
     if not (copy / "checkpoints" / "step-1").exists():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastcorl.runtime.samples import save_samples
+from fastcorl.runtime.samples import read_answers, sample_files, save_samples
 
 
 @pytest.mark.parametrize(("size", "cell"), [(24, 96), (32, 96), (96, 96), (128, 128), (384, 192)])
@@ -48,3 +48,29 @@ def test_one_modality_or_none(tmp_path, rollout, images, texts):
         sampled.texts.answers[0] = "endless" * 400
     grid = save_samples(tmp_path / "s", sampled, scores, 8)
     assert grid.ndim == 3 and (tmp_path / "s.txt").stat().st_size > 0
+
+
+def test_answers_are_read_back(tmp_path, rollout):
+    sampled, scores = rollout(prompts=2, group_size=2)
+    sampled.texts.answers[:] = ["<b>one</b>", "two\nlines\n\n=three", "", "[1] reward"]
+    save_samples(tmp_path / "s", sampled, scores, 2)
+    first, second = read_answers(tmp_path / "s.txt")
+    assert (first.question, first.solution) == (sampled.prompts[0].question, sampled.prompts[0].solution)
+    rewards, answers = zip(*first.answers, strict=True)
+    assert rewards == (f"{scores.total[0]:.2f}", "unscored")
+    assert answers == ("<b>one</b>  (cut at the length limit)", "two\nlines\n\n=three")
+    assert [answer for _, answer in second.answers] == ["", "[1] reward"]
+
+
+def test_drawings_alone_have_no_answers(tmp_path, rollout):
+    save_samples(tmp_path / "s", *rollout(texts=False), 2)
+    assert [prompt.answers for prompt in read_answers(tmp_path / "s.txt")] == [[], []]
+
+
+def test_files_are_in_the_order_of_the_run(tmp_path, rollout):
+    sampled, scores = rollout(prompts=1, group_size=2)
+    for stem in ("00010-t2i-2", "00009-unified_1-9", "100000-mc-1", "other"):
+        save_samples(tmp_path / stem, sampled, scores, 1)
+    found = [(file.global_step, file.stage, file.step) for file in sample_files(tmp_path)]
+    assert found == [(9, "unified_1", 9), (10, "t2i", 2), (100000, "mc", 1)]
+    assert sample_files(tmp_path / "none") == []

@@ -89,6 +89,7 @@ def test_only_the_main_rank_writes(tmp_path, record):
         telemetry.write(record())
         telemetry.note("hello")
         telemetry.truncate_after(list(STAGES), "unified", 0)
+        assert telemetry.start_trackers({}) is None
     assert not (tmp_path / "run").exists() and console.file.getvalue() == ""
 
 
@@ -122,7 +123,8 @@ def test_tensorboard_counts_through_stages_and_purges(tmp_path, record):
         with Telemetry(tmp_path, LoggingConfig(), STAGES, True, plain_console()) as telemetry:
             if resumed:
                 telemetry.truncate_after(list(STAGES), "unified", 40)
-            else:
+            assert telemetry.start_trackers({}) is None
+            if not resumed:
                 telemetry.write(record("unified", 40))
             for step in (1, 2):
                 telemetry.write(record("t2i", step, 20, scores={"digit": 0.5}))

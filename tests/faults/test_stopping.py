@@ -1,0 +1,190 @@
+"""Steps that are not finite, SIGTERM and a full disk, met by a run on the shipped model in this process."""
+
+import math
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastcorl.algorithm import CoRLObjective
+from fastcorl.config_loading import load_config
+from fastcorl.errors import UserError
+from fastcorl.experience import Collector
+from fastcorl.pipeline import train
+from fastcorl.rollout import RolloutEngine
+from fastcorl.runtime.checkpoints import problem_of
+from tests.loop.launching import read_metrics
+
+SMALL = """
+name: run
+threads: 1
+data: {max_prompt_tokens: 256}
+rollout: {guidance: 1, max_new_tokens: 16}
+algorithm: {group_size: 2}
+optimizer: {warmup_steps: 0, learning_rate: 1e-3}
+evaluation: {num_prompts: 2, scorer: null}
+logging: {tensorboard: false, samples_every: 0}
+checkpoint: {every: 1, keep: 9}
+stages:
+  unified: {task: unified, steps: 4, prompts_per_step: 2}
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Train with options; a run that ends early raises."""
+
+    def run(*options):
+        (tmp_path / "small.yaml").write_text(SMALL)
+        train(load_config(["--config", str(tmp_path / "small.yaml"), f"--output_dir={tmp_path}", *options]))
+
+    return run
+
+
+@pytest.fixture
+def at_call(monkeypatch):
+    """`at_call(owner, name, calls, change)`: what the method returns in those of its calls goes through `change`."""
+
+    def patch(owner, name, calls, change):
+        real, count = getattr(owner, name), 0
+
+        def call(*arguments, **options):
+            nonlocal count
+            count += 1
+            result = real(*arguments, **options)
+            return change(result) if count in calls else result
+
+        monkeypatch.setattr(owner, name, call)
+
+    return patch
+
+
+def spoilt(result):
+    loss, losses = result
+    return loss * torch.nan, losses
+
+
+def terminated(result):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return result
+
+
+def weights(tmp_path, step):
+    return load_file(tmp_path / "run" / "checkpoints" / f"step-{step}" / "train_state.safetensors")
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def steps_saved(tmp_path):
+    folders = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert not list((tmp_path / "run" / "checkpoints").glob("tmp-*"))
+    return sorted(int(folder.name.removeprefix("step-")) for folder in folders if problem_of(folder) is None)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_in_its_metrics(run, at_call, tmp_path, capsys):
+    at_call(CoRLObjective, "forward", [2], spoilt)
+    with pytest.raises(UserError, match="unified step 2: not applied, weights are as before: the loss is nan"):
+        run()
+    first, second = read_metrics(tmp_path / "run")
+    assert math.isfinite(first["metrics"]["loss"]) and "skipped_updates" not in first["metrics"]
+    assert second["metrics"]["loss"] == "NaN" and second["metrics"]["skipped_updates"] == 1
+    assert "unified 2/4" in capsys.readouterr().out
+    assert steps_saved(tmp_path) == [1]
+
+
+def test_steps_that_are_not_finite_are_skipped_and_remove_no_checkpoint(run, at_call, tmp_path, capsys):
+    at_call(CoRLObjective, "forward", [2, 3], spoilt)
+    kept = []
+    at_call(CoRLObjective, "forward", [3, 4], lambda result: kept.append(steps_saved(tmp_path)) or result)
+    run("--optimizer.on_nonfinite=skip", "--checkpoint.keep=1")
+    assert kept == [[1, 2], [1, 2, 3]]  # what 2 and 3 saved removed nothing
+    assert steps_saved(tmp_path) == [4]
+    assert [line["metrics"].get("skipped_updates", 0) for line in read_metrics(tmp_path / "run")] == [0, 1, 1, 0]
+    assert "2 of at most 3 times in a row" in capsys.readouterr().out
+
+
+def test_a_skipped_step_leaves_weights_and_moments_bit_for_bit(run, at_call, tmp_path):
+    at_call(CoRLObjective, "forward", [2], spoilt)
+    run("--optimizer.on_nonfinite=skip", "--stages.unified.steps=3")
+    assert same(weights(tmp_path, 1), weights(tmp_path, 2))
+    assert not same(weights(tmp_path, 2), weights(tmp_path, 3))
+
+
+def test_a_fourth_skip_in_a_row_stops_the_run(run, at_call, tmp_path):
+    at_call(CoRLObjective, "forward", [1, 2, 3, 4], spoilt)
+    with pytest.raises(UserError, match="for the 4th time in a row"):
+        run("--optimizer.on_nonfinite=skip")
+    assert len(read_metrics(tmp_path / "run")) == 4
+
+
+def test_sigterm_before_an_update_gives_the_step_up_and_resuming_takes_it_again(run, at_call, tmp_path, capsys):
+    at_call(Collector, "_sample", [2], terminated)
+    with pytest.raises(SystemExit) as exit_info:
+        run("--checkpoint.every=100")
+    assert exit_info.value.code == 143
+    assert steps_saved(tmp_path) == [1]
+    assert "SIGTERM ends the run after step 1" in capsys.readouterr().out
+    run("--checkpoint.every=100", "--resume=auto")
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_sigterm_in_an_update_waits_for_it(run, at_call, tmp_path):
+    at_call(CoRLObjective, "forward", [2], terminated)
+    with pytest.raises(SystemExit) as exit_info:
+        run()
+    assert exit_info.value.code == 143
+    assert steps_saved(tmp_path) == [1, 2]
+
+
+def test_sigterm_outside_the_steps_ends_at_once(run, at_call, tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
+    at_call(RolloutEngine, "generate", [1], terminated)
+    with pytest.raises(SystemExit) as exit_info:
+        run()
+    assert exit_info.value.code == 143
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+@pytest.mark.parametrize("on_failure", ["continue", "stop"])
+def test_a_checkpoint_that_cannot_be_written(run, monkeypatch, tmp_path, capsys, on_failure):
+    from safetensors import SafetensorError
+    from safetensors import torch as writer
+
+    real, calls = writer.save_file, 0
+
+    def save_file(tensors, path):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            path.write_bytes(b"the beginning")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        real(tensors, path)
+
+    monkeypatch.setattr(writer, "save_file", save_file)
+    if on_failure == "stop":
+        with pytest.raises(UserError, match="step 2: no checkpoint was written.*No space left"):
+            run("--checkpoint.on_failure=stop", "--stages.unified.steps=3")
+        assert steps_saved(tmp_path) == [1]
+    else:
+        run("--stages.unified.steps=3")
+        assert "unified step 2: no checkpoint was written, older ones are as they were" in capsys.readouterr().out
+        assert steps_saved(tmp_path) == [1, 3]
+
+
+def test_what_a_killed_run_left_half_done_is_removed(run, tmp_path, capsys):
+    run("--stages.unified.steps=2")
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "tmp-3").mkdir()
+    (folder / "tmp-3" / "train_state.safetensors").write_bytes(b"half")
+    (tmp_path / "run" / "export" / "unified").rename(tmp_path / "run" / "export" / "tmp-unified")
+    (folder / "step-2" / "train_state.safetensors").write_bytes(b"")
+    run("--stages.unified.steps=2", "--resume=auto")
+    assert "step-2 is not used: train_state.safetensors has 0 bytes" in capsys.readouterr().out
+    assert sorted(path.name for path in folder.iterdir()) == ["abandoned-step-2", "latest", "step-1", "step-2"]
+    assert (tmp_path / "run" / "export" / "unified").is_dir()
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]

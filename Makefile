@@ -2,7 +2,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: install quickstart rehearsal test check bench bench-gpu
+.PHONY: install quickstart rehearsal test test-slow check bench bench-gpu
 
 install: .venv/.installed
 
@@ -29,7 +29,11 @@ rehearsal: install
 JOBS ?= 2
 test: export OMP_NUM_THREADS = 1
 test: install
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+
+test-slow: export OMP_NUM_THREADS = 1
+test-slow: install
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

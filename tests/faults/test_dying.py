@@ -51,6 +51,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("dying")
 
 
+@pytest.mark.slow
 def test_sigterm_then_a_dead_rank_then_the_end(folder):
     process = start(folder, "none", 0, "--checkpoint.every=100", "--stages.unified.steps=60")
     wait_for_line(process, folder, 2)

@@ -54,7 +54,7 @@ def balance(costs: Sequence[Sequence[Cost]], capacity: int) -> list[list[slice]]
     so that those near the border to a neighbour move to it. Raises what `assign` raises.
     """
     line = [cost._replace(prefix=(rank, cost.prefix)) for rank, own in enumerate(costs) for cost in own]
-    per_rank = -(-len(assign(line, capacity)) // len(costs))
+    per_rank = -(-len(_cut(line, capacity)) // len(costs))
     runs = assign(line, capacity, per_rank * len(costs))
     moving = [runs[start : start + per_rank] for start in range(0, len(runs), per_rank)]
     staying = _staying(costs, capacity)
@@ -65,7 +65,7 @@ def balance(costs: Sequence[Sequence[Cost]], capacity: int) -> list[list[slice]]
 
 def _staying(costs: Sequence[Sequence[Cost]], capacity: int) -> list[list[slice]] | None:
     """Every rank's own sequences; None where one has too few for the number of micro-batches that another needs."""
-    count = max(len(assign(own, capacity)) for own in costs)
+    count = max(len(_cut(own, capacity)) for own in costs)
     if min(map(len, costs)) < count:
         return None
     offsets = accumulate(map(len, costs), initial=0)

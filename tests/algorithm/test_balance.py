@@ -74,6 +74,7 @@ def test_a_rank_with_too_few_sequences_gets_some():
     long, short = [Cost(i, 0, 10) for i in range(8)], [Cost(0, 0, 10)]
     shares = balance([long, short], 20)
     assert [[run.stop - run.start for run in share] for share in shares] == [[1, 1, 2], [2, 2, 1]]
+    assert balance([long, []], 20) == [[slice(0, 2), slice(2, 4)], [slice(4, 6), slice(6, 8)]]
     with pytest.raises(UserError, match="4 micro-batches for 3 sequences"):
         balance([[Cost(i, 0, 10) for i in range(3)], []], 10)
 

@@ -26,7 +26,7 @@ from fastcorl.errors import UserError
 from fastcorl.model import Policy
 from fastcorl.records import Prompt
 from fastcorl.rollout import RolloutEngine, SamplingParams
-from fastcorl.runtime.run_folder import write_text
+from fastcorl.runtime.durable import write_text
 
 RECORD = "fastcorl"  # the text chunk's keyword
 SAMPLES = {"geneval": 4, "dpg": 4, "wise": 1}  # what is published

@@ -74,6 +74,10 @@ class Rollout:
     def num_rows(self) -> int:
         return len(self.prompts) * self.group_size
 
+    @property
+    def device(self) -> torch.device:
+        return (self.images or self.texts).tokens.device
+
     def external_rows(self) -> torch.Tensor:
         """(n,) bool."""
         return torch.arange(self.num_rows) % self.group_size >= self.group_size - self.num_external

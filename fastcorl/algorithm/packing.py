@@ -1,13 +1,13 @@
 """From a rollout to packed micro-batches of both modalities."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
 
-from fastcorl.algorithm.assignment import Cost, assign, balance
+from fastcorl.algorithm.assignment import assign, balance
 from fastcorl.algorithm.sequences import Ranks, SampledSequence, exchange, sampled_sequences
 from fastcorl.records import LossRows, PackedBatch, Rollout
 
@@ -32,12 +32,13 @@ class Packer:
 
     def __init__(self, rollout: Rollout, options: PackOptions):
         self.rollout, self.options = rollout, options
-        self.features = rollout.vision_features
         self.sequences = sampled_sequences(rollout, guided=options.guided, image_shift=options.image_shift)
+        self.costs = [sequence.cost(share_prefix=options.share_prefix) for sequence in self.sequences]
 
     def pack(self, *, min_micro_batches: int = 1) -> list[PackedBatch]:
         """The micro-batches of this rollout on its own, without advantages."""
-        return self._batches(assign(self._costs(), self.options.tokens, min_micro_batches))
+        runs = assign(self.costs, self.options.tokens, min_micro_batches)
+        return [self._pack(self.sequences[run], self.rollout.vision_features) for run in runs]
 
     def pack_with(self, ranks: Ranks) -> list[PackedBatch]:
         """The micro-batches of this rank, as many as every other has, without advantages; a collective call.
@@ -45,24 +46,33 @@ class Packer:
         Where answers are longer on some ranks than on others, sequences move between them, so that all have about as
         many positions. `LossRows.rows` count the rows of all ranks, rank after rank.
         """
-        costs, num_rows = zip(*ranks.gather((self._costs(), self.rollout.num_rows)), strict=True)
-        for sequence in self.sequences:
-            sequence.row += sum(num_rows[: ranks.rank])
+        costs, num_rows = zip(*ranks.gather((self.costs, self.rollout.num_rows)), strict=True)
+        first_row = sum(num_rows[: ranks.rank])
+        sequences = [replace(sequence, row=first_row + sequence.row) for sequence in self.sequences]
+        features = self.rollout.vision_features
         shares = balance(costs, self.options.tokens)
         owned = [range(*ends) for ends in pairwise(accumulate(map(len, costs), initial=0))]
         wanted = [range(share[0].start, share[-1].stop) for share in shares]
         if owned != wanted:
-            self.sequences, self.features = exchange(
-                self.sequences, len(self.rollout.prompts), self.features, owned, wanted, ranks
-            )
+            sequences, features = exchange(sequences, self.rollout, owned, wanted, ranks)
         start = wanted[ranks.rank].start
-        return self._batches([slice(run.start - start, run.stop - start) for run in shares[ranks.rank]])
+        return [self._pack(sequences[run.start - start : run.stop - start], features) for run in shares[ranks.rank]]
 
-    def _costs(self) -> list[Cost]:
-        return [sequence.cost(share_prefix=self.options.share_prefix) for sequence in self.sequences]
-
-    def _batches(self, runs: Sequence[slice]) -> list[PackedBatch]:
-        return [_pack(self.sequences[run], self.rollout, self.features, self.options) for run in runs]
+    def _pack(self, sequences: Sequence[SampledSequence], features: torch.Tensor | None) -> PackedBatch:
+        options = self.options
+        builder = _PackBuilder(self.rollout.image_token_id, features, share_prefix=options.share_prefix)
+        collectors = {"draw": _RowCollector(), "ask": _RowCollector()}
+        for sequence in sequences:
+            rows, count, index = collectors[sequence.kind], len(sequence.completion), sequence.prompt_index
+            shift = int(options.image_shift and sequence.is_image)
+            placed = builder.place(sequence.kind, index, sequence.prompt, sequence.inputs)
+            rows.positions += placed[shift : shift + count]
+            rows.sequences.append(sequence)
+            if sequence.uncond_prompt:
+                placed = builder.place("uncond", index, sequence.uncond_prompt, sequence.inputs)
+                rows.uncond_positions += placed[shift : shift + count]
+        device = self.rollout.device
+        return builder.build(*(rows.build(device) for rows in collectors.values()), device)
 
 
 def set_advantages(batches: Sequence[PackedBatch], advantages: torch.Tensor) -> None:
@@ -179,21 +189,3 @@ class _PackBuilder:
             text=text,
             prefixes=torch.tensor(self.prefixes, device=device) if self.share_prefix else None,
         )
-
-
-def _pack(
-    sequences: Sequence[SampledSequence], rollout: Rollout, features: torch.Tensor | None, options: PackOptions
-) -> PackedBatch:
-    builder = _PackBuilder(rollout.image_token_id, features, share_prefix=options.share_prefix)
-    collectors = {"draw": _RowCollector(), "ask": _RowCollector()}
-    for sequence in sequences:
-        rows, count, index = collectors[sequence.kind], len(sequence.completion), sequence.prompt_index
-        shift = int(options.image_shift and sequence.is_image)
-        placed = builder.place(sequence.kind, index, sequence.prompt, sequence.inputs)
-        rows.positions += placed[shift : shift + count]
-        rows.sequences.append(sequence)
-        if sequence.uncond_prompt:
-            placed = builder.place("uncond", index, sequence.uncond_prompt, sequence.inputs)
-            rows.uncond_positions += placed[shift : shift + count]
-    device = sequences[0].log_probs.device
-    return builder.build(*(rows.build(device) for rows in collectors.values()), device)

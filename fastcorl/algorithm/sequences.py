@@ -89,8 +89,7 @@ class Ranks(Protocol):
 
 def exchange(
     sequences: list[SampledSequence],
-    num_prompts: int,
-    features: torch.Tensor | None,
+    rollout: Rollout,
     owned: list[range],
     wanted: list[range],
     ranks: Ranks,
@@ -98,23 +97,23 @@ def exchange(
     """Sends sequences to the ranks that want them; a collective call.
 
     Args:
-        sequences: of this rank's `num_prompts` prompts.
-        features: (num_prompts, T_vision, hidden), or None.
+        sequences: of this rank's `rollout`, of whose prompts they take the vision features along.
         owned: by rank, which places its sequences have in the line of all ranks' sequences.
         wanted: by rank, which places it is to have.
 
     Returns:
-        This rank's sequences from now on, and the features with those of prompts that came along behind its own.
+        This rank's sequences from now on, and (P, T_vision, hidden) features with those that came along behind its own.
     """
+    features = rollout.vision_features
     mine = wanted[ranks.rank]
     at = dict(zip(owned[ranks.rank], sequences, strict=True))
     leaving = {place: sequence for place, sequence in at.items() if place not in mine}
     their_prompts = {sequence.prompt_index for sequence in leaving.values()}
+    # Copies: a part of a tensor is sent with all of it.
     sent = (
-        {place: replace(sequence, log_probs=sequence.log_probs.cpu()) for place, sequence in leaving.items()},
-        {} if features is None else {prompt: features[prompt].cpu() for prompt in their_prompts},
+        {place: replace(each, log_probs=each.log_probs.to("cpu", copy=True)) for place, each in leaving.items()},
+        {} if features is None else {prompt: features[prompt].to("cpu", copy=True) for prompt in their_prompts},
     )
-    device = sequences[0].log_probs.device
     index_of: dict[tuple[int, int], int] = {}
     arrived_features = []
     for rank, (moved, moved_features) in enumerate(ranks.gather(sent)):
@@ -123,9 +122,9 @@ def exchange(
                 continue
             origin = rank, sequence.prompt_index
             if origin not in index_of:
-                index_of[origin] = num_prompts + len(index_of)
+                index_of[origin] = len(rollout.prompts) + len(index_of)
                 arrived_features += [moved_features[sequence.prompt_index]] if moved_features else []
-            log_probs = sequence.log_probs.to(device)
+            log_probs = sequence.log_probs.to(rollout.device)
             at[place] = replace(sequence, prompt_index=index_of[origin], log_probs=log_probs)
     if arrived_features:
         features = torch.cat([features, torch.stack(arrived_features).to(features)])

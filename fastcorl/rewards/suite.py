@@ -81,15 +81,14 @@ class RewardSuite:
 
     def join(self, rollout: Rollout, found: dict[str, torch.Tensor], results: dict[str, Result]) -> Scores:
         """The scores of a rollout from its own rewards, in any order, and the `results` of the user's."""
-        device = (rollout.images or rollout.texts).tokens.device
         parts: dict[str, torch.Tensor] = {}
         if rollout.images is not None and self.config.weight("cycle"):
             halve = self._scaling("cycle") == "unit"
             parts["cycle"] = cycle_reward(found["perceptual"], found["caption"], halve=halve)
         parts |= {name: found[name] for name in (*self.drawing_rewards, *self.answer_rewards) if name in found}
-        parts |= {name: result.values.to(device) for name, result in results.items()}
+        parts |= {name: result.values.to(rollout.device) for name, result in results.items()}
         weights = {name: weight for name in parts if (weight := self._weight(name, unified=self._unified(rollout)))}
-        total = torch.zeros(rollout.num_rows, dtype=torch.float32, device=device)
+        total = torch.zeros(rollout.num_rows, dtype=torch.float32, device=rollout.device)
         for name, weight in weights.items():
             total += weight * parts[name]
         failures = {name: result.failure for name, result in results.items() if result.failure}
@@ -135,7 +134,7 @@ class Scoring:
         """Begin with the drawings of a rollout, which need not have its answers yet. Needs a background."""
         rewards, here = self.suite.drawing_rewards, self.suite.by_policy
         work = {name: partial(reward, rollout) for name, reward in rewards.items() if name not in here}
-        self._job = self.background.start(work, rollout.images.pixels.device)
+        self._job = self.background.start(work, rollout.device)
 
     @torch.no_grad()
     def start(self, rollout: Rollout) -> None:

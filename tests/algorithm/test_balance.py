@@ -125,3 +125,17 @@ def results(objective, batches, totals):
                 found.append((modality, float(rows.advantages[sequence]), int(stop - start), float(gap)))
     norms = [float(gradient.norm()) for gradient in gradients]
     return [loss, *norms, *(value for _, *values in sorted(found) for value in values)]
+
+
+def test_a_rank_without_any_sequence_is_sent_some(rollout_of):
+    rollout = replace(rollout_of(5.0, 1.0), images=None)
+    empty = replace(rollout, texts=replace(rollout.texts, lengths=torch.zeros_like(rollout.texts.lengths)))
+    options = PackOptions(10_000)
+    (alone,) = Packer(rollout, options).pack()
+    packs = Together(2).run(lambda rank, each: Packer(each, options).pack_with(rank), [empty, rollout])
+    assert [len(batches) for batches in packs] == [1, 1]
+    set_advantages([batch for batches in packs for batch in batches], torch.arange(2.0 * rollout.num_rows))
+    for field in ("targets", "sampled_log_probs"):
+        assert torch.equal(torch.cat([getattr(batch.text, field) for (batch,) in packs]), getattr(alone.text, field))
+    advantages = torch.cat([batch.text.advantages for (batch,) in packs])
+    assert torch.equal(advantages, rollout.num_rows + alone.text.rows.float())

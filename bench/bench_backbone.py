@@ -10,14 +10,14 @@ import torch
 from bench.floors import Floor
 from bench.measure import measure
 from bench.peers.contestant import Contestant
-from bench.shapes import parametrize
+from bench.shapes import OnDevice, parametrize
 from fastcorl.model import PackedAttention
 from fastcorl.model.attention import IMPLEMENTATION
 from fastcorl.model.fused_layers import compile_blocks, use_liger
 
 
 @dataclass(frozen=True)
-class BackboneShape:
+class BackboneShape(OnDevice):
     """A Llama of `layers` blocks on `sequences` equally long sequences."""
 
     layers: int
@@ -27,10 +27,6 @@ class BackboneShape:
     sequences: int
     length: int
     device: str = "cpu"
-
-    @property
-    def dtype(self):
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
 
     @property
     def positions(self):

@@ -12,14 +12,14 @@ import torch
 from bench.floors import Floor
 from bench.measure import measure
 from bench.peers.contestant import Contestant
-from bench.shapes import parametrize
+from bench.shapes import OnDevice, parametrize
 from fastcorl.model.backends import SHARED, packed_backend
 from fastcorl.model.buckets import by_buckets
 from fastcorl.model.pack_layout import PackLayout
 
 
 @dataclass(frozen=True)
-class PackShape:
+class PackShape(OnDevice):
     """``groups`` prompts of ``prompt`` tokens, each continued by ``group`` sequences of ``shortest`` to ``longest``."""
 
     groups: int
@@ -30,10 +30,6 @@ class PackShape:
     heads: int = 16
     head_dim: int = 128
     device: str = "cuda"
-
-    @property
-    def dtype(self):
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
 
 
 # Packs of about packing.tokens = 16384 positions.

@@ -14,13 +14,13 @@ import fastcorl_kernels
 from bench.floors import copy
 from bench.measure import measure
 from bench.peers.contestant import Contestant
-from bench.shapes import parametrize
+from bench.shapes import OnDevice, parametrize
 
 PAGE = 16
 
 
 @dataclass(frozen=True)
-class DecodeShape:
+class DecodeShape(OnDevice):
     """Rows of ``context`` tokens, of which neighbours in groups of ``group`` share the first ``prefix``."""
 
     rows: int
@@ -31,10 +31,6 @@ class DecodeShape:
     heads: int = 16
     head_dim: int = 128
     device: str = "cuda"
-
-    @property
-    def dtype(self):
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
 
 
 DECODING = {

@@ -13,7 +13,8 @@ from statistics import median
 
 import torch
 
-from bench.measure import OURS, synchronize
+from bench.goals import OURS
+from bench.measure import synchronize
 from bench.peers.ours_rollout import OurRollout
 from bench.peers.transformers_rollout import TransformersRollout
 from bench.rollout_floor import RolloutFloor

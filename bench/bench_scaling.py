@@ -14,10 +14,11 @@ from statistics import mean, median
 
 import yaml
 
+from bench.goals import OURS
 from fastcorl.runtime.telemetry import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS, ALONE, AT_ONCE = "fastcorl", "1 rank", "2 runs of 1 rank at once"
+ALONE, AT_ONCE = "1 rank", "2 runs of 1 rank at once"
 PROMPTS, WARMUP, STEPS = 8, 2, 8
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

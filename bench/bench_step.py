@@ -14,10 +14,11 @@ from statistics import median
 import torch
 
 from bench.bench_rollout import ratio
+from bench.goals import BASELINE, OURS
 from bench.peers.ours_step import FEATURES, OurStep
 from bench.shapes import parametrize
 from bench.step_memory import peak_of
-from bench.step_problems import BASELINE, OURS, PROBLEMS, FixedPrompts
+from bench.step_problems import PROBLEMS, FixedPrompts
 from fastcorl.runtime.hardware import HardwareMeter
 
 WITHOUT = {f"fastcorl, without {feature}": feature for feature in FEATURES}
@@ -57,7 +58,8 @@ class Contestants:
             with self.ours.without(WITHOUT.get(provider)):
                 record, rollout = self.ours.step()
             phases = record.seconds
-            figures = {name: record.metrics[name] for name in ("mfu",) if name in record.metrics}
+            if "mfu" in record.metrics:
+                figures["mfu"] = record.metrics["mfu"]
         seconds, joules = time.perf_counter() - start, self.meter.read().joules
         if math.isfinite(joules):
             figures["joules_per_sample"] = joules / rollout.num_rows

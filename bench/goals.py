@@ -41,7 +41,7 @@ MEASURES = {
     "tokens/s": ("≥", lambda ours, _: ours["rate"]),
 }
 
-PLAIN = "plain trainer on transformers"
+BASELINE = "plain trainer on transformers"
 WHOLE, SINGLE = "transformers, whole batch", "transformers, prompt by prompt"
 
 GOALS = (
@@ -86,7 +86,7 @@ GOALS = (
     Goal("rollout", "Janus-Pro-1B, 128 answers", "floor", "share of the floor", 0.7),
     Goal("rollout", "Janus-Pro-1B, mixed", "fastcorl, two calls", "times as fast as", 1.2),
     *(
-        Goal("step", model, PLAIN, measure, bound)
+        Goal("step", model, BASELINE, measure, bound)
         for model in ("quickstart", "91M")
         for measure, bound in (("times as fast as", 4.0), ("extra memory /", 0.5))
     ),
@@ -94,7 +94,7 @@ GOALS = (
         Goal("step", f"quickstart, {count} samples", "quickstart, 16 samples", "time per sample /", 1.05)
         for count in (64, 256)
     ),
-    Goal("step", "Janus-Pro-1B", PLAIN, "times as fast as", 10.0),
+    Goal("step", "Janus-Pro-1B", BASELINE, "times as fast as", 10.0),
     Goal("step", "Janus-Pro-1B", "floor", "MFU", 0.45),
     Goal("step", "Janus-Pro-1B", "floor", "peak GiB", 60.0),
     Goal("scaling", "quickstart, 2 ranks", "1 rank", "efficiency", 0.85),

@@ -9,8 +9,16 @@ import pytest
 import torch
 
 
+class OnDevice:
+    """A shape with a `device`: bfloat16 on a GPU, float32 on a CPU."""
+
+    @property
+    def dtype(self):
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+
 @dataclass(frozen=True)
-class Shape:
+class Shape(OnDevice):
     """Rows of ``sequences`` equally long sequences, and the head that they meet; ``kept`` is the mask's share."""
 
     rows: int
@@ -20,10 +28,6 @@ class Shape:
     kept: float = 1.0
     sequences: int = 8
     device: str = "cpu"
-
-    @property
-    def dtype(self):
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
 
 
 @dataclass(frozen=True)

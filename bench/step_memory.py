@@ -21,8 +21,9 @@ def peak_of(problem: str, provider: str) -> dict[str, float]:
 
 
 def main(name: str, provider: str) -> None:
+    from bench.goals import BASELINE, OURS
     from bench.peers.ours_step import OurStep
-    from bench.step_problems import BASELINE, OURS, PROBLEMS
+    from bench.step_problems import PROBLEMS
 
     problem = PROBLEMS[name]
     policy = problem.policy()

@@ -10,14 +10,12 @@ from bench.rollout_problems import SIZES, make_policy
 from fastcorl.config import Config
 from fastcorl.data import PromptData, load_rows
 from fastcorl.model import Policy, load_policy
-from fastcorl.model.fused_layers import use_liger
-from fastcorl.model.lean_layers import use_lean
+from fastcorl.model.loading import speed_up
 from fastcorl.records import Prompt
 from fastcorl.rewards import RewardModels
 from fastcorl.runtime.distributed import Distributed
 from fastcorl.trainer import Trainer
 
-OURS, BASELINE = "fastcorl", "plain trainer on transformers"
 STAGE = "unified"
 
 
@@ -68,10 +66,7 @@ class StepProblem:
 
     def trainer(self, policy: Policy, **packing) -> Trainer:
         """Ours, on `policy`, which gets the modules that a run takes by default."""
-        if self.device == "cpu":
-            use_lean(policy.backbone)
-        else:
-            use_liger(policy.backbone, "auto")
+        speed_up(policy.backbone, "auto")
         config = self.config(**packing)
         return Trainer(
             config,

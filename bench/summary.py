@@ -81,7 +81,7 @@ def row(entry):
         f"{entry['extra_mib']:.1f}",
         f"{entry['error']:.0e}",
     )
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def rollout_row(entry):
@@ -95,7 +95,7 @@ def rollout_row(entry):
         f"{1 / entry['ratio_to_floor']:.2f}",
         *(duration(stages[name]) if stages.get(name) else "" for name in ("vision", "prefill", "decode", "pixels")),
     )
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def step_row(entry):
@@ -111,7 +111,7 @@ def step_row(entry):
         f"{entry['mfu']:.2f}" if "mfu" in entry else "",
         f"{entry['joules_per_sample']:.3g}" if "joules_per_sample" in entry else "",
     )
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def scaling_row(entry):
@@ -124,7 +124,7 @@ def scaling_row(entry):
         duration(entry["communication_s"]) if entry["communication_s"] else "",
         *(duration(entry["phases_s"][name]) for name in ("rollout", "score", "train")),
     )
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 LAYOUTS = {
@@ -157,7 +157,8 @@ def tables(entries):
     for op, group in groupby(entries, key=lambda entry: entry["op"]):
         header, make_row, _ = LAYOUTS.get(op, KERNELS)
         yield f"\n## {op}\n{header}"
-        yield from map(make_row, group)
+        for entry in group:
+            yield "| " + " | ".join(make_row(entry)) + " |"
 
 
 def entries_of(result):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fastcorl.config_base import Count, NonNegative, Positive, PositiveInt, Section
+from fastcorl.config_base import Count, NonNegative, Positive, PositiveInt, Section, Switch
 from fastcorl.config_data import DataConfig, check_columns
 from fastcorl.config_rewards import RewardsConfig
 
@@ -43,7 +43,7 @@ class ModelConfig(Section):
     gradient_checkpointing: bool | Count | Literal["auto"] = False
     """Recompute each block in backward to save memory. A number does so for the first so many blocks, "auto" for as
     many as a GPU's free memory asks for."""
-    liger: Literal["auto", "on", "off"] = "auto"
+    liger: Switch = "auto"
     """Liger's RMSNorm, RoPE and SwiGLU in the backbone, on CUDA; auto takes those that work there, and on a CPU ours,
     which keep less for backward than transformers'."""
     compile: bool = False
@@ -62,11 +62,6 @@ class ModelConfig(Section):
         if not (isinstance(value, bool) or value == "auto" or (isinstance(value, int) and value >= 0)):
             raise ValueError(f"must be true, false, auto or a number of blocks, got {value!r}")
         return value
-
-    @field_validator("liger", mode="before")
-    @classmethod
-    def _yaml_reads_on_as_true(cls, value: Any) -> Any:
-        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _blocks_are_fused_once(self) -> "ModelConfig":
@@ -90,14 +85,9 @@ class RolloutConfig(Section):
     """Rows decoded side by side on each rank, two per guided drawing; null decodes all at once."""
     kv_cache_tokens: PositiveInt | None = None
     """Tokens that the KV cache of a rank holds at once; null holds what the step needs."""
-    overlap: Literal["auto", "on", "off"] = "auto"
+    overlap: Switch = "auto"
     """Decode and score finished drawings while answers go on, in a thread that works on while the reference's log-probs
     are computed; auto does so on CUDA. Scores are the same."""
-
-    @field_validator("overlap", mode="before")
-    @classmethod
-    def _yaml_reads_on_as_true(cls, value: Any) -> Any:
-        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class AlgorithmConfig(Section):

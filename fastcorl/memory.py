@@ -143,7 +143,8 @@ def choose_recomputed(
     held["KV cache"] = min(held["KV cache"], free / 2)  # more is not taken
     del held["activations"], held["total"]
     room, layers = free * (1 - MARGIN) - sum(held.values()), policy.backbone.config.num_hidden_layers
-    fitting = (n for n in range(layers) if activation_bytes(policy, work.pack_tokens, n, fused=fused) <= room)
+    kept = block_bytes_per_token(policy, fused=fused)
+    fitting = (n for n in range(layers) if _activation_bytes(policy, work.pack_tokens, n, kept) <= room)
     return next(fitting, layers)
 
 
@@ -153,9 +154,14 @@ def activation_bytes(policy: Policy, tokens: int, recomputed: int, *, fused: boo
     Of the first `recomputed` blocks that is their input, and all of one block again, at a time when nothing is kept of
     the others.
     """
+    return _activation_bytes(policy, tokens, recomputed, block_bytes_per_token(policy, fused=fused))
+
+
+def _activation_bytes(policy: Policy, tokens: int, recomputed: int, kept: int) -> int:
+    """`kept` are the bytes per token of one block."""
     layers, width = policy.backbone.config.num_hidden_layers, policy.backbone.config.hidden_size
     inputs = recomputed * tokens * width * policy.dtype.itemsize
-    return inputs + max(layers - recomputed, 1) * block_bytes_per_token(policy, fused=fused) * tokens
+    return inputs + max(layers - recomputed, 1) * kept * tokens
 
 
 def block_bytes_per_token(policy: Policy, *, fused: bool = False) -> int:

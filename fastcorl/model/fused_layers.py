@@ -1,7 +1,6 @@
 """Faster blocks for a Llama backbone: Liger's kernels on CUDA, or the blocks as torch.compile makes them.
 
-Only the modules of the one backbone change, each by taking on a subclass of its class: parameters, names, hooks and
-submodules stay, wrapped linear layers (adapters) are called as before, and transformers' own classes are as they were.
+Only the modules of the one backbone change (`block_classes.py`); wrapped linear layers (adapters) are called as before.
 """
 
 import functools
@@ -21,7 +20,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from fastcorl.errors import UserError
-from fastcorl.model.attention import fastcorl_attention
+from fastcorl.model.block_classes import GatedMLP, RotaryAttention, attend, projections, take_on
 
 DEVICE = "cuda"
 TOLERANCE = 0.02  # of the norm: rounding to bfloat16 is within 0.01
@@ -79,33 +78,12 @@ class LigerNorm(LlamaRMSNorm):
         return liger_rms_norm(hidden_states, self.weight, self.variance_epsilon, in_place=self.in_place)
 
 
-class LigerAttention(LlamaAttention):
-    def forward(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
-    ) -> tuple[torch.Tensor, None]:
-        query, key, value = projections(self, hidden_states)
-        query, key = liger_rotary(query, key, *position_embeddings)
-        return self.o_proj(attend(self, query, key, value, **kwargs)), None
+class LigerAttention(RotaryAttention):
+    rotary = staticmethod(liger_rotary)
 
 
-class LigerMLP(LlamaMLP):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(LigerSwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
-
-
-def projections(attention: LlamaAttention, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(B, L, hidden) -> (B, heads, L, D) query, (B, kv_heads, L, D) key and value."""
-    shape = (*hidden.shape[:-1], -1, attention.head_dim)
-    linears = attention.q_proj, attention.k_proj, attention.v_proj
-    return tuple(linear(hidden).view(shape).transpose(1, 2) for linear in linears)
-
-
-def attend(
-    module: LlamaAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
-) -> torch.Tensor:
-    """(B, heads, L, D) query, (B, kv_heads, L, D) key and value -> (B, L, heads * D); `kwargs` hold the context."""
-    kwargs.pop("attention_mask", None)  # the context knows what sees what
-    return fastcorl_attention(module, query, key, value, None, module.scaling, **kwargs)[0].flatten(2)
+class LigerMLP(GatedMLP):
+    gated = LigerSwiGLU.apply
 
 
 CLASSES: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
@@ -143,13 +121,8 @@ def use_liger(backbone: nn.Module, choice: str) -> None:
     parts = f"Liger's {', '.join(working)}" if working else "torch's modules"
     level = logging.WARNING if reasons and weight.device.type == DEVICE else logging.INFO
     logger.log(level, "the backbone runs on %s%s", parts, f" ({'; '.join(reasons)})" if reasons else "")
-    for name in working:
-        before, after = CLASSES[name]
-        for module in backbone.modules():
-            if type(module) is before:
-                module.__class__ = after
-    if isinstance(backbone.norm, LigerNorm):
-        backbone.norm.in_place = False  # what comes after the backbone may keep its gradient
+    take_on(backbone, dict(CLASSES[name] for name in working))
+    backbone.norm.in_place = False  # what comes after the backbone may keep its gradient
 
 
 def uses_liger(backbone: nn.Module) -> bool:
@@ -296,9 +269,7 @@ def compile_blocks(backbone: nn.Module) -> None:
     problem = _compile_problem(backbone.norm.weight.device)
     if problem:
         raise UserError(f"model.compile: torch.compile does not work here: {problem}")
-    for layer in backbone.layers:
-        if type(layer) is LlamaDecoderLayer:
-            layer.__class__ = CompiledBlock
+    take_on(backbone, {LlamaDecoderLayer: CompiledBlock})
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Norm, rotary embedding and SwiGLU of a Llama backbone on a CPU in float32: the maths of transformers' modules in
 plain torch, in fewer passes over memory, and keeping less of it for backward.
 
-As with Liger's kernels on CUDA (`fused_layers.py`), modules take on a subclass of their class and stay what they are.
+They take the place of transformers' as Liger's kernels do on CUDA (`fused_layers.py`).
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
-from fastcorl.model.fused_layers import attend, projections
+from fastcorl.model.block_classes import GatedMLP, RotaryAttention, take_on
 
 
 class LeanRMSNormFunction(torch.autograd.Function):
@@ -77,23 +77,23 @@ class LeanSwiGLUFunction(torch.autograd.Function):
         return torch.ops.aten.silu_backward(gradient * up, gate), up_gradient
 
 
+def lean_rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return LeanRotaryFunction.apply(query, cos, sin), LeanRotaryFunction.apply(key, cos, sin)
+
+
 class LeanNorm(LlamaRMSNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return LeanRMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
-class LeanAttention(LlamaAttention):
-    def forward(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
-    ) -> tuple[torch.Tensor, None]:
-        query, key, value = projections(self, hidden_states)
-        query, key = (LeanRotaryFunction.apply(states, *position_embeddings) for states in (query, key))
-        return self.o_proj(attend(self, query, key, value, **kwargs)), None
+class LeanAttention(RotaryAttention):
+    rotary = staticmethod(lean_rotary)
 
 
-class LeanMLP(LlamaMLP):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(LeanSwiGLUFunction.apply(self.gate_proj(x), self.up_proj(x)))
+class LeanMLP(GatedMLP):
+    gated = LeanSwiGLUFunction.apply
 
 
 CLASSES: dict[type[nn.Module], type[nn.Module]] = {
@@ -108,5 +108,4 @@ def use_lean(backbone: nn.Module) -> None:
     weight, config = backbone.norm.weight, backbone.config
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or config.hidden_act not in ("silu", "swish"):
         return
-    for module in backbone.modules():
-        module.__class__ = CLASSES.get(type(module), type(module))
+    take_on(backbone, CLASSES)

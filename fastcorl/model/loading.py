@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -41,7 +42,7 @@ def load_policy(
 
     Args:
         gradient_checkpointing: recompute all blocks in backward, or the first so many.
-        liger: "on", "off" or "auto", see `use_liger`; on a CPU auto is `use_lean`.
+        liger: "on", "off" or "auto", see `speed_up`.
         compile: see `compile_blocks`; blocks that are compiled do without Liger.
         attention: what computes attention in packs, see `packed_backend`.
 
@@ -70,11 +71,18 @@ def load_policy(
     policy.lay_out()
     if compile:
         compile_blocks(policy.backbone)
-    elif liger == "auto" and policy.device.type == "cpu":
-        use_lean(policy.backbone)
-    elif liger != "off":
-        use_liger(policy.backbone, liger)
+    else:
+        speed_up(policy.backbone, liger)
     return policy
+
+
+def speed_up(backbone: nn.Module, liger: str) -> None:
+    """Have a backbone compute with Liger's kernels, as `liger` says: "on", "off" or "auto" (`use_liger`), which on a
+    CPU is `use_lean`."""
+    if liger == "auto" and backbone.norm.weight.device.type == "cpu":
+        use_lean(backbone)
+    elif liger != "off":
+        use_liger(backbone, liger)
 
 
 def resolve(path: str | Path) -> tuple[str, JanusConfig]:

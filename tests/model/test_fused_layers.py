@@ -16,14 +16,13 @@ from fastcorl.config_loading import load_config
 from fastcorl.errors import UserError
 from fastcorl.memory import block_bytes_per_token
 from fastcorl.model import fused_layers as module
-from fastcorl.model import load_policy, pack_prompts, save_policy
-from fastcorl.model.adapters import adapted_layers
+from fastcorl.model import load_policy, save_policy
 from fastcorl.model.fused_layers import CLASSES, Shape, compile_blocks, use_liger, uses_liger, working_kernels
 from fastcorl.model.loading import empty_policy
 from fastcorl.parts import check_stages, liger_choice
 from tests.helpers import HIDDEN_SIZE, janus_config, make_policy
+from tests.model.backbones import DEVICE, pack, prepared
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKS = [[5, 9, 2], [30], [1, 1, 12], [40, 3, 2, 17]]
 ALL = tuple(CLASSES)
 
@@ -60,26 +59,6 @@ def interpret_liger(monkeypatch):
 def forget():
     working_kernels.cache_clear()
     module._liger.cache_clear()
-
-
-def prepared(*, lora=False, recomputed=0):
-    """A policy as `load_policy` and a trainer leave it; its adapters do something."""
-    policy = make_policy().to(DEVICE)
-    policy.lay_out()
-    policy.recompute(recomputed)
-    if lora:
-        policy.add_adapters(rank=2, alpha=4, targets=["q_proj", "o_proj", "gate_proj", "down_proj"])
-        generator = torch.Generator().manual_seed(3)
-        for layer in adapted_layers(policy.backbone):
-            weight = layer.lora_B["default"].weight
-            weight.data.copy_(torch.randn(weight.shape, generator=generator) / 5)
-    return policy
-
-
-def pack(policy, lengths):
-    generator = torch.Generator().manual_seed(len(lengths))
-    prompts = [torch.randint(10, 200, (length,), generator=generator).tolist() for length in lengths]
-    return pack_prompts(prompts, None, policy.encoder.image_id, policy.device)
 
 
 def results(policy, lengths):

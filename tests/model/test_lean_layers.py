@@ -15,7 +15,7 @@ from fastcorl.model.lean_layers import (
 )
 from fastcorl.model.loading import load_policy
 from tests.helpers import make_policy
-from tests.model.test_fused_layers import pack, prepared
+from tests.model.backbones import pack, prepared
 
 
 def normal(*size, dtype=torch.float64):

@@ -1,4 +1,4 @@
-"""Forward and backward of a backbone on a pack: transformers' modules, Liger's kernels in them, blocks compiled."""
+"""Forward and backward of a backbone on a pack: transformers' modules, what takes their place by default, blocks compiled."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from bench.peers.contestant import Contestant
 from bench.shapes import OnDevice, parametrize
 from fastcorl.model import PackedAttention
 from fastcorl.model.attention import IMPLEMENTATION
-from fastcorl.model.fused_layers import compile_blocks, use_liger
+from fastcorl.model.fused_layers import compile_blocks
+from fastcorl.model.loading import speed_up
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def transformers_modules(problem):
 
 def fastcorl(problem):
     """As `model.liger: auto` has it."""
-    return contestant(problem, lambda backbone: use_liger(backbone, "auto"))
+    return contestant(problem, lambda backbone: speed_up(backbone, "auto"))
 
 
 def compiled(problem):

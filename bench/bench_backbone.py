@@ -1,4 +1,4 @@
-"""Forward and backward of a backbone on a pack: transformers' modules, what takes their place by default, blocks compiled."""
+"""Forward and backward of a backbone on a pack: transformers' modules, what a run takes by default, blocks compiled."""
 
 from copy import deepcopy
 from dataclasses import dataclass

@@ -18,7 +18,7 @@ PROVIDERS = {
     "TRL": trl.log_softmax,
 }
 FORWARD_PROVIDERS = {**PROVIDERS, "Liger": liger.log_softmax}
-SHAPES = parametrize(LOGITS, lambda shape: shape.kept == 1.0)
+SHAPES = parametrize({name: shape for name, shape in LOGITS.items() if shape.kept == 1.0})
 
 
 @lru_cache(maxsize=1)

@@ -58,9 +58,8 @@ def measure(benchmark, provider, providers, problem, *, op, shape, expected, flo
             clock("ours")
         contestant.before()
 
-    for _ in range(2):
-        others()
-        clock("provider")
+    others()
+    clock("provider")
     seconds = sum(taken[-1] for taken in times.values())
     rounds = min(max(int(SECONDS[leaf.device.type] / seconds), MIN_ROUNDS), MAX_ROUNDS)
     warmup_rounds = max(int(WARMUP_SECONDS / seconds), 1)

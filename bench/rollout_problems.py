@@ -43,10 +43,10 @@ class Workload:
 
 
 WORKLOADS = {
-    "quickstart images": Workload("quickstart", "images", 8, rounds=5),
-    "quickstart answers": Workload("quickstart", "answers", 8, answer_tokens=32, rounds=5),
-    "quickstart mixed": Workload("quickstart", "mixed", 8, answer_tokens=32, rounds=5),
-    "quickstart mixed, one prompt": Workload("quickstart", "mixed", 1, answer_tokens=32, rounds=5),
+    "quickstart images": Workload("quickstart", "images", 8, rounds=3),
+    "quickstart answers": Workload("quickstart", "answers", 8, answer_tokens=32, rounds=3),
+    "quickstart mixed": Workload("quickstart", "mixed", 8, answer_tokens=32, rounds=3),
+    "quickstart mixed, one prompt": Workload("quickstart", "mixed", 1, answer_tokens=32, rounds=3),
     "91M images": Workload("91M", "images", 2),
     "91M answers": Workload("91M", "answers", 2, answer_tokens=64),
     "91M mixed, one prompt": Workload("91M", "mixed", 1, answer_tokens=64),

@@ -101,7 +101,7 @@ PROBLEMS = {
     "quickstart": StepProblem(
         "quickstart", 8, 8, guidance=1.0, max_new_tokens=56, pack_tokens=1024, rounds=3, feature_rounds=2
     ),
-    "91M": StepProblem("91M", 1, 4, guidance=5.0, max_new_tokens=48, pack_tokens=512, rounds=3, feature_rounds=0),
+    "91M": StepProblem("91M", 1, 4, guidance=5.0, max_new_tokens=48, pack_tokens=512, rounds=2, feature_rounds=0),
     "Janus-Pro-1B": StepProblem(
         "Janus-Pro-1B",
         16,

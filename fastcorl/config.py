@@ -96,7 +96,10 @@ class AlgorithmConfig(Section):
     policy_logits: Literal["cond", "cfg", "cfg_detach_uncond"] = "cond"
     """Which distribution is the policy: the conditional branch or the guided one."""
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "grpo"
+    """What is averaged and clipped: a mean per sequence (grpo), per token of the step (dapo, bnpo), over a constant
+    (dr_grpo, arXiv 2503.20783), or log-probs under clipped weights (cispo, arXiv 2506.13585)."""
     importance: Literal["token", "sequence"] = "token"
+    """Ratio per token, or one per sequence (GSPO, arXiv 2507.18071)."""
     eps_low: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Clip range below 1; null is the paper's unclipped objective."""
     eps_high: Positive | None = None
@@ -143,14 +146,19 @@ class AlgorithmConfig(Section):
 
 class OptimizerConfig(Section):
     learning_rate: Positive = 4e-6
+    """Peak of AdamW's learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay of AdamW's first and second moment."""
     eps: Positive = 1e-8
+    """What AdamW adds to its denominator."""
     weight_decay: NonNegative = 0.0
+    """Decoupled weight decay, of all trained weights."""
     warmup_steps: Annotated[int, Field(ge=0)] = 10
     """Steps of linear warm-up at the start of each stage."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up, down to zero at the stage's end unless constant."""
     max_grad_norm: Positive = 1.0
+    """Gradients of a longer norm are scaled down to it."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What follows a step whose loss or gradient is not finite on any rank. Its update is not made; skip goes on, for
     at most 3 such steps in a row."""
@@ -251,6 +259,7 @@ class StageConfig(Section):
     init: str = "model"
     """Where the weights come from: "model", the name of an earlier stage, or a folder (with a / in it)."""
     steps: PositiveInt = 100
+    """Optimizer steps, each on samples of its own."""
     prompts_per_step: PositiveInt = 16
     """Prompts per optimizer step, over all ranks."""
     data: str | None = None
@@ -300,11 +309,13 @@ class Config(Section):
     name: str = "quickstart"
     """The run's folder is <output_dir>/<name>."""
     output_dir: str = "runs"
+    """Folder of all runs; of several machines, one that all of them see."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """What prompts are drawn and tokens are sampled with."""
     resume: str | None = None
     """"auto" continues from the newest checkpoint of this run, a folder from that checkpoint."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads per rank; 0 shares the cores out among the local ranks."""
+    """CPU threads per rank; 0 leaves it to OMP_NUM_THREADS, and without it shares the cores out among local ranks."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -318,6 +329,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     compat: CompatConfig = CompatConfig()
     stages: dict[str, StageConfig]
+    """What is trained, in this order; names are free."""
 
     @field_validator("name")
     @classmethod

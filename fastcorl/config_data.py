@@ -41,6 +41,8 @@ class DataConfig(Section):
     """Rows for evaluation, in the same forms; null keeps `held_out_rows` of the training rows for it."""
     held_out_rows: PositiveInt = 256
     """With held_out null: rows that no stage trains on."""
+    subset: str | None = None
+    """Subset (configuration) of a data set of the hub; null is its default one."""
     split: str = "train"
     """Split of a data set of the hub."""
     revision: str | None = None
@@ -63,3 +65,8 @@ class DataConfig(Section):
     _columns_are_ours = field_validator("columns")(check_columns)
 
     _templates_have_a_place = field_validator("templates")(check_templates)
+
+    @property
+    def of_hub(self) -> dict[str, str | None]:
+        """What of a data set of the hub is meant."""
+        return {"subset": self.subset, "split": self.split, "revision": self.revision}

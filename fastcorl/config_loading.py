@@ -6,12 +6,10 @@ tyro reads the command line as text; both sources are put together first and val
 same wherever it was made.
 """
 
-import io
 import os
 import re
 import sys
 from collections.abc import Iterable, MutableMapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -23,9 +21,10 @@ from pydantic import ValidationError
 
 from fastcorl.config import Config, Section
 from fastcorl.config_messages import Sources, describe, nearest
-from fastcorl.errors import UserError
+from fastcorl.errors import UserError, flag_mistakes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+_MOST_VALUES = 100_000
 
 
 def load_config(argv: Sequence[str]) -> Config:
@@ -80,13 +79,8 @@ class _Launch:
 
 def _parse(kind: Any, argv: Sequence[str]) -> tuple[Any, list[str]]:
     """`kind` as tyro reads it from `argv`, and the arguments it does not know; raises UserError."""
-    printed = io.StringIO()
-    try:
-        with redirect_stdout(printed), redirect_stderr(printed):
-            return tyro.cli(kind, args=argv, use_underscores=True, add_help=False, return_unknown_args=True)
-    except SystemExit:
-        # tyro prints a title, what is wrong and perhaps the option's help, with rules of hyphens between them.
-        raise UserError(re.sub("(?s)^.*?-{4,}|-{4,}.*", "", printed.getvalue()).strip()) from None
+    with flag_mistakes():
+        return tyro.cli(kind, args=argv, use_underscores=True, add_help=False, return_unknown_args=True)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -130,20 +124,37 @@ def _read_yaml(path: str, extended_by: str | None) -> dict[str, Any]:
         others = [file.name for file in folder.glob("*.yaml")] if folder.is_dir() else []
         raise UserError(f"{place}: no such file{nearest(Path(path).name, others)}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{place}: is not a UTF-8 text file") from None
+        raise UserError(f"{place}: is not a UTF-8 text file; save it as one") from None
     except OSError as error:
-        raise UserError(f"{place}: {error.strerror}") from None
+        raise UserError(f"{place}: {error.strerror}; give a YAML file") from None
     try:
-        mapping = yaml.load(text, Loader=_StrictLoader)  # noqa: S506, a SafeLoader
+        mapping = _StrictLoader(text).get_single_data()
+        if _expanded_size(mapping, {}) > _MOST_VALUES:
+            raise ValueError(f"its aliases make more than {_MOST_VALUES} values")
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UserError(f"{place}: {line}not valid YAML: {error.problem}") from None
+        remedy = "; indent with spaces" if "'\\t'" in str(error.problem) else ""
+        raise UserError(f"{place}: {line}not valid YAML: {error.problem}{remedy}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{place}: not valid YAML: {error}") from None
     if not isinstance(mapping, dict):
         what = "is empty" if mapping is None else f"holds a {type(mapping).__name__}"
         raise UserError(f"{place}: must be a mapping of sections, but {what}")
     return mapping
+
+
+def _expanded_size(value: Any, known: dict[int, int | None]) -> int:
+    """How many values there are with every alias written out; ValueError for one within what it names."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = None
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded_size(part, known) for part in parts)
+    size = known[id(value)]
+    if size is None:
+        raise ValueError("an alias stands within what it names")
+    return size
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -14,11 +14,12 @@ Path = tuple[Any, ...]
 _WORDS = {
     "missing": "missing",
     "invalid_key": "must be a name",
-    "greater_than": "must be more than {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than": "must be less than {lt}",
-    "less_than_equal": "must be at most {le}",
+    "greater_than": "must be more than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
     "finite_number": "must be a finite number",
+    "string_too_short": "must not be empty",
     "too_short": "needs at least {min_length} values",
     "too_long": "takes at most {max_length} values",
 }

@@ -90,14 +90,22 @@ class RewardsConfig(Section):
     def _parts_have_their_files(self) -> "RewardsConfig":
         measure, captions = self.image_measure, self.caption_measures
         needs = [
-            ((measure or "").startswith("lpips"), "lpips_trunk", f"image_similarity {measure}"),
-            ("bertscore" in captions, "bert", "caption_similarity bertscore"),
-            ("sentence" in captions, "sentence_encoder", "caption_similarity sentence"),
-            (self.weight("clip") > 0, "clip", "the reward clip"),
+            (
+                (measure or "").startswith("lpips"),
+                "lpips_trunk",
+                f"image_similarity {measure}",
+                "torchvision's weights",
+            ),
+            ("bertscore" in captions, "bert", "caption_similarity bertscore", "a folder or hub name"),
+            ("sentence" in captions, "sentence_encoder", "caption_similarity sentence", "a folder or hub name"),
+            (self.weight("clip") > 0, "clip", "the reward clip", "a folder or hub name"),
         ]
-        for needed, key, why in needs:
+        for needed, key, why, what in needs:
             if needed and getattr(self, key) is None:
-                raise ValueError(f"{key} must be given for {why}")
+                raise ValueError(f"rewards.{key} must be given for {why}: {what}")
+        both = self.extra.keys() & self.pairwise.keys()
+        if both:
+            raise ValueError(f"rewards.extra and rewards.pairwise both name {min(both)}; give them two functions")
         return self
 
     def weight(self, name: str) -> float:

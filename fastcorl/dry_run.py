@@ -16,11 +16,12 @@ from fastcorl.data import BadRow, Needs, PromptLengths, examine, open_stream
 from fastcorl.data.catalog import public_data
 from fastcorl.errors import UserError
 from fastcorl.evaluation import load_scorer
+from fastcorl.first_checks import check_stages
 from fastcorl.memory import STAGES, estimate, workload
 from fastcorl.model import Policy, PromptEncoder
 from fastcorl.model.known import known_config
 from fastcorl.model.loading import empty_policy, load_encoder, resolve
-from fastcorl.parts import check_stages, kl_weight, needs_reference
+from fastcorl.parts import kl_weight, needs_reference
 from fastcorl.plugins import load_object
 from fastcorl.run_data import Source, check_pair_column, evaluation_needs, source_of
 from fastcorl.runtime.engine import engine_name
@@ -129,9 +130,8 @@ class DryRun:
                 columns,
                 key,
                 needs=needs,
-                split=data.split,
-                revision=data.revision,
                 question_type=question_type,
+                **data.of_hub,
             )
             read = list(examine(islice(rows.numbered(), count), rows.schema, lengths))
         except UserError as error:

@@ -163,7 +163,7 @@ class _Drawer:
     def side(self, tasks: Sequence[DrawingTask]) -> int:
         """Pixels across one sample, from a picture that is there; 0 without any."""
         for path, indices in (picture for task in tasks[:1] for picture in self.pictures(task).items()):
-            with Image.open(path) as image:
+            with Image.open(path, formats=["PNG"]) as image:
                 return image.width // (2 if len(indices) == 4 else 1)
         return 0
 

@@ -1,14 +1,9 @@
 """The parts of a stage, made from the configuration."""
 
-from pathlib import Path
-
 import torch
 
 from fastcorl.algorithm import ObjectiveOptions, PackOptions
 from fastcorl.config import Config, StageConfig
-from fastcorl.config_rewards import ANSWER_REWARDS, DRAWING_REWARDS
-from fastcorl.data.sampler import check_world
-from fastcorl.errors import UserError
 from fastcorl.model import Policy
 from fastcorl.rewards import Matcher, PolicyCaptioner, RewardModels, RewardSuite
 from fastcorl.rollout import RolloutEngine, SamplingParams
@@ -38,33 +33,6 @@ def liger_choice(config: Config) -> str:
     """Whether the backbone takes Liger's kernels; they allow no second backward."""
     choice = config.model.liger
     return "off" if choice == "auto" and config.evaluation.gradient_cosine else choice
-
-
-def check_stages(config: Config, stages: dict[str, StageConfig], world_size: int) -> None:
-    """Raise UserError for a stage that could not start or could learn nothing."""
-    model = config.model
-    if model.compile and config.deepspeed.zero_stage == 3:
-        raise UserError("model.compile: is not there under ZeRO 3, which gathers weights inside of the blocks")
-    if config.evaluation.gradient_cosine and (model.compile or model.liger == "on"):
-        raise UserError(
-            "evaluation.gradient_cosine: goes backward twice, which neither model.compile nor model.liger on can"
-        )
-    budget = config.algorithm.token_budget
-    if budget is not None and budget < world_size:
-        raise UserError(f"algorithm.token_budget {budget}: must be at least 1 for each of the {world_size} ranks")
-    rewards = config.rewards
-    own = any(rewards.extra.values()) or any(rewards.pairwise.values())
-    for name, stage in stages.items():
-        for source in (stage.init, *stage.merge):
-            if source not in stages and source != "model" and not Path(source).is_dir():
-                raise UserError(f"stages.{name}: there is no model folder {source!r}")
-        if stage.task == "merge":
-            continue
-        check_world(name, stage.prompts_per_step, world_size)
-        task = TASKS[stage.task]
-        names = [*(DRAWING_REWARDS if task.draws else ()), *(ANSWER_REWARDS if task.answers else ())]
-        if not own and not any(rewards.weight(reward) for reward in names):
-            raise UserError(f"rewards.weights: stage {name} has no reward with a weight (of {', '.join(names)})")
 
 
 class FrozenMatcher:

@@ -3,8 +3,9 @@
 import gc
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -13,11 +14,11 @@ from fastcorl.algorithm import merge_state_dicts
 from fastcorl.config import Config, StageConfig
 from fastcorl.errors import UserError
 from fastcorl.evaluation import drawing_reward, evaluate, load_scorer
+from fastcorl.first_checks import check_stages
 from fastcorl.memory import recompute_as_needed
 from fastcorl.model import Policy, load_policy, save_policy
 from fastcorl.ordering import best_order, measure_transfer
 from fastcorl.parts import (
-    check_stages,
     liger_choice,
     needs_reference,
     reward_suite,
@@ -25,13 +26,17 @@ from fastcorl.parts import (
     sampling_params,
 )
 from fastcorl.records import StepRecord
+from fastcorl.resuming import Resumption, engine_facts
 from fastcorl.rewards import RewardModels
 from fastcorl.run_data import RunData
 from fastcorl.runtime import distributed
-from fastcorl.runtime.checkpoints import Found, Position
+from fastcorl.runtime.card_parts import CARD
+from fastcorl.runtime.checkpoints import Position, package_versions
 from fastcorl.runtime.durable import placed, write_text
 from fastcorl.runtime.engine import engine_name
 from fastcorl.runtime.hardware import hardware_note
+from fastcorl.runtime.hosts import check_alike, check_shared, checksum, settings_of
+from fastcorl.runtime.model_card import stage_card
 from fastcorl.runtime.report import draw_report, print_scores, read_run, score_table
 from fastcorl.runtime.report_page import write_page
 from fastcorl.runtime.run_folder import RunFolder
@@ -63,14 +68,18 @@ class Run:
     def __init__(self, config: Config, ranks: distributed.Distributed, *, launched: bool):
         self.config, self.ranks, self.launched = config, ranks, launched
         self.termination = Termination(ranks)
+        check_alike(dict(settings_of(config.dump())) | {"stages": list(config.stages)} | package_versions(), ranks)
         self.stages = expand(config)
         self.scorer = load_scorer(config.evaluation.scorer, "evaluation.scorer")
         check_stages(config, self.stages, ranks.world_size)
         self.start_policy = self._load("model")
         self.models = RewardModels(config.rewards, ranks.device, draws=uses(self.stages.values()).draws)
         self.data = RunData(config, self.stages, self.start_policy, self.models.caption_problem, ranks)
+        check_alike({"the sum of the model's weights": checksum(self.start_policy)} | self.data.sizes(), ranks)
+        check_shared(Path(config.output_dir), ranks)
         self.folder = RunFolder(config)
-        self.checkpoint, self.bad_checkpoints = self._find_checkpoint()
+        facts = engine_facts(config, ranks, launched=launched)
+        self.resumption = Resumption(config, self.stages, self.folder, ranks, facts)
         steps = {name: 0 if stage.task == "merge" else stage.steps for name, stage in self.stages.items()}
         self.telemetry = Telemetry(self.folder.path, config.logging, steps, ranks.is_main)
         self.scores: list[dict] = []
@@ -90,18 +99,20 @@ class Run:
             self.models.close()
 
     def _run_stages(self) -> None:
-        finished = self._finished_stages()
+        finished = self.resumption.finished_stages()
         for name in self.stages:
+            self._choose_order(name)
             if name in finished:
                 if not any(entry["stage"] == name for entry in self.scores):
                     self._evaluate(name, self._load(name))
                 continue
-            self._choose_order(name)
+            self._keep_scores([entry for entry in self.scores if entry["stage"] != name])  # no former training's
             stage = self.stages[name]
             policy = self._merge(stage) if stage.task == "merge" else self._train_stage(name, stage)
             if self.ranks.is_main:
                 with placed(self.folder.export(name)) as folder:
                     save_policy(policy, folder)
+                    self._write_card(name, folder)
             self._evaluate(name, policy)
             del policy
             gc.collect()
@@ -122,10 +133,11 @@ class Run:
     def _train_stage(self, name: str, stage: StageConfig) -> Policy:
         trainer = self._trainer(name, stage)
         first = 1
-        if self.checkpoint and self.checkpoint.position.stage == name:
-            trainer.engine.load(self.checkpoint.folder)
-            first = self.checkpoint.position.step + 1
-            self.telemetry.note(f"{name}: resumed at step {first} from {self.checkpoint.folder}")
+        checkpoint = self.resumption.checkpoint
+        if checkpoint and checkpoint.position.stage == name:
+            trainer.engine.load(checkpoint.folder)
+            first = checkpoint.position.step + 1
+            self.telemetry.note(f"{name}: resumed at step {first} from {checkpoint.folder}")
         with self.termination.deferred():
             self._train_steps(trainer, first)
         trained = trainer.engine.full_policy()
@@ -246,14 +258,25 @@ class Run:
         params = sampling_params(config, guidance=config.evaluation.guidance)
         prompts = self.data.held_out_prompts()
         scores = evaluate(rollout_engine(config, policy), prompts, params, self.scorer, ranks=self.ranks)
-        self.scores = [entry for entry in self.scores if entry["stage"] != label]
-        self.scores.append({"stage": label, "scores": scores})
+        kept = [*(entry for entry in self.scores if entry["stage"] != label), {"stage": label, "scores": scores}]
+        export = self.folder.export(label)
+        if self.ranks.is_main and export.exists():
+            # First, as a resumed run evaluates a stage again only if it is not in scores.json.
+            self._write_card(label, export, kept, len(prompts))
+        self._keep_scores(kept)
         if self.ranks.is_main:
-            write_text(self.folder.path / "scores.json", json.dumps(self.scores, indent=1))
             shown = "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
             self.telemetry.note(f"held-out scores, {label}: {shown}  (%, {len(prompts)} prompts)")
         self.ranks.barrier()
         return scores
+
+    def _keep_scores(self, scores: list[dict]) -> None:
+        self.scores = scores
+        if self.ranks.is_main:
+            write_text(self.folder.path / "scores.json", json.dumps(scores, indent=1))
+
+    def _write_card(self, name: str, folder: Path, scores: Sequence[dict] = (), prompts: int = 0) -> None:
+        write_text(folder / CARD, stage_card(self.config, self.stages, name, scores, prompts))
 
     def _save_samples(self, name: str, step: int, rollout, scores) -> None:
         every = self.config.logging.samples_every
@@ -269,7 +292,7 @@ class Run:
             stage=trainer.name,
             step=step,
             global_step=self.telemetry.global_step(trainer.name, step),
-            **self._engine_facts(),
+            **self.resumption.facts,
         )
         problem = self.folder.checkpoints.save(
             position,
@@ -309,49 +332,6 @@ class Run:
             attention=model.attention,
         )
 
-    def _engine_facts(self) -> dict[str, Any]:
-        """What a checkpoint's optimizer state depends on."""
-        return {
-            "world_size": self.ranks.world_size,
-            "engine": engine_name(self.config.deepspeed, launched=self.launched),
-            "zero_stage": self.config.deepspeed.zero_stage,
-            "lora": describe_lora(self.config),
-        }
-
-    def _find_checkpoint(self) -> tuple[Found | None, list[str]]:
-        """The checkpoint to go on from, and lines on bad ones. The first rank reads them, for all."""
-        found: tuple[Found | None, list[str]] | UserError = (None, [])
-        if self.ranks.is_main:
-            try:
-                found = self.folder.checkpoints.find(self.config.resume)
-                if found[0]:
-                    self._check_fits(found[0])
-            except UserError as error:
-                found = error
-        found = self.ranks.gather(found)[0]
-        if isinstance(found, UserError):
-            raise found
-        return found
-
-    def _check_fits(self, checkpoint: Found) -> None:
-        folder, position = checkpoint.folder, checkpoint.position
-        if position.stage not in self.stages:
-            raise UserError(f"resume: {folder} is of stage {position.stage!r}, which this configuration does not have")
-        for name, here in self._engine_facts().items():
-            there = getattr(position, name)
-            if there != here:
-                raise UserError(f"resume: {folder} was written with {name} {there}, this run has {name} {here}")
-
-    def _finished_stages(self) -> list[str]:
-        """The stages that a resumed run does not train again: those before the one it goes back to."""
-        if self.config.resume is None:
-            return []
-        order = list(self.stages)
-        if self.config.resume != "auto":
-            return order[: order.index(self.checkpoint.position.stage)]
-        exported = [self.folder.export(name).exists() for name in order]
-        return order[: exported.index(False) if False in exported else len(order)]
-
     def _open_folder(self) -> None:
         """Prepare the run's folder; when resuming, drop what was logged after the checkpoint."""
         resume = self.config.resume is not None
@@ -360,39 +340,18 @@ class Run:
             if note:
                 self.telemetry.note(note)
             if resume:
-                self._go_back()
+                self.resumption.go_back(self.telemetry)
         self.ranks.barrier()
         if self.ranks.is_main:
             self.data.write_bad_rows(self.folder.path / BAD_ROWS)
         self.ranks.barrier()
         if not self.ranks.is_main:  # what all ranks know is listed by now; this is for what each meets on its own
             self.data.write_bad_rows(self.folder.path / BAD_ROWS)
-        for line in [*self.bad_checkpoints, *self.data.notes()]:
+        for line in [*self.resumption.notes(), *self.data.notes()]:
             self.telemetry.note(line)
-        if self.checkpoint and self.checkpoint.config_hash != self.folder.checkpoints.config_hash:
-            self.telemetry.note(f"the configuration is not the one that {self.checkpoint.folder} was written under")
         scores = self.folder.path / "scores.json"
         if resume and scores.exists():
             self.scores = json.loads(scores.read_text())
         problem = self.ranks.gather(self.telemetry.start_trackers(self.config.dump()))[0]
         if problem:
             raise UserError(problem)
-
-    def _go_back(self) -> None:
-        """Forget what was logged after the point the run continues from."""
-        order, finished = list(self.stages), self._finished_stages()
-        remaining = order[len(finished) :]
-        stage, step = order[0], 0
-        if finished:
-            stage, step = finished[-1], self.stages[finished[-1]].steps
-        if self.checkpoint and self.checkpoint.position.stage in remaining[:1]:
-            position = self.checkpoint.position
-            stage, step = position.stage, position.step
-            self.folder.abandon_after(position.global_step, remaining)
-        self.telemetry.truncate_after(order, stage, step)
-
-
-def describe_lora(config: Config) -> str:
-    """What is trained, for comparison with a checkpoint's."""
-    lora = config.model.lora
-    return f"rank {lora.rank} alpha {lora.alpha:g} on {' '.join(sorted(lora.targets))}" if lora.rank else "none"

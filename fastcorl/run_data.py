@@ -81,6 +81,11 @@ class RunData:
         most = self.config.evaluation.num_prompts
         return [self.held_out[index] for index in range(min(most, len(self.held_out)))]
 
+    def sizes(self) -> dict[str, int]:
+        """Rows of each source that is no stream, and held-out ones."""
+        opened = {key[0]: rows for key, (rows, *_) in self._sources.items() if isinstance(rows, Rows)}
+        return {f"rows of {name}": len(rows) for name, rows in opened.items()} | {"held-out rows": len(self.held_out)}
+
     def notes(self) -> list[str]:
         """What a user should hear about the rows."""
         counts = [len(quarantine.bad) for quarantine in self.quarantines.values()]
@@ -103,12 +108,11 @@ class RunData:
         data = self.config.data
         if key not in self._sources:
             source, columns = key[0], dict(key[1])
-            options = {"split": data.split, "revision": data.revision, "needs": self._needs(key)}
-            options["question_type"] = uses(self._readers(key)).only_type
+            needs, question_type = self._needs(key), uses(self._readers(key)).only_type
             open_rows = open_stream if data.streaming else load_rows
-            rows = open_rows(source, columns, "data.train", **options)
+            rows = open_rows(source, columns, "data.train", needs=needs, question_type=question_type, **data.of_hub)
             check_pair_column(self.config, rows)
-            quarantine, problem = self._checks(str(key), options["needs"])
+            quarantine, problem = self._checks(str(key), needs)
             # Rows that are only held out are looked at when they are taken.
             if isinstance(rows, Rows) and data.check_rows == "all" and self._readers(key):
                 mine = range(self.ranks.rank, len(rows), self.ranks.world_size)
@@ -154,9 +158,10 @@ class RunData:
         if data.held_out is None:
             return self._reserved(self._first())[0]
         needs = evaluation_needs(self.config)
-        options = {"split": data.split, "revision": data.revision, "needs": needs}
-        options["question_type"] = uses(self.trained.values()).only_type
-        rows = load_rows(data.held_out, data.columns, "data.held_out", **options)
+        question_type = uses(self.trained.values()).only_type
+        rows = load_rows(
+            data.held_out, data.columns, "data.held_out", needs=needs, question_type=question_type, **data.of_hub
+        )
         quarantine, problem = self._checks("data.held_out", needs)
         good: list[Prompt] = []
         bad: list[BadRow] = []
@@ -181,7 +186,7 @@ class RunData:
             raise UserError(
                 f"the longest prompts with {self.num_image_tokens} image tokens or rollout.max_new_tokens "
                 f"{config.rollout.max_new_tokens} make {max(drawing, answer)} tokens; "
-                f"the model's context is {self.context}"
+                f"the model's context is {self.context}; lower rollout.max_new_tokens, or data.max_prompt_tokens"
             )
         guided = config.algorithm.policy_logits != "cond" and config.rollout.guidance != 1
         needed = max(2 * drawing if guided else drawing, answer)

@@ -59,3 +59,14 @@ def uses(stages: Iterable[StageConfig]) -> Task:
     tasks = [TASKS[stage.task] for stage in stages if stage.task != "merge"]
     asked = {kind for task in tasks if task.answers for kind in task.question_types}
     return Task(any(task.draws for task in tasks), any(task.answers for task in tasks), tuple(sorted(asked)))
+
+
+def check_world(stage: str, prompts_per_step: int, world: int) -> None:
+    """Raise UserError where ranks cannot share a step's prompts evenly."""
+    if prompts_per_step % world:
+        raise UserError(f"{setting(stage)} {prompts_per_step} does not divide by {world} ranks; give a multiple of it")
+
+
+def setting(stage: str) -> str:
+    """The key of a stage's prompts per step."""
+    return f"stages.{stage}.prompts_per_step" if stage else "prompts_per_step"

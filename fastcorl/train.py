@@ -10,15 +10,17 @@ if not __package__:
 
 from fastcorl.config_loading import read_command_line
 from fastcorl.errors import main_guard
+from fastcorl.first_checks import check_first
 
 
 @main_guard()
 def main() -> None:
     config, dry_run = read_command_line(sys.argv[1:])
-    # Only now, because torch takes seconds to import and a mistake should show at once.
+    # Torch takes seconds to import, and a mistake should show at once.
     if dry_run:
         from fastcorl.dry_run import describe_run as run
     else:
+        check_first(config)
         from fastcorl.pipeline import train as run
 
     run(config)

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastcorl.commands.shared import load, sample, sampling_params
+from fastcorl.commands.shared import check_counts, load, sample, sampling_params
 from fastcorl.errors import UserError
+from fastcorl.places import check_janus
 
 
 @dataclass
@@ -32,12 +33,15 @@ class Ask:
     device: str = "auto"
 
     def run(self) -> None:
+        check_counts(self, "num", "max_rows")
+        if not self.image.is_file():
+            raise UserError(f"--image {self.image}: no such file")
+        check_janus(self.model, "--model")
+
         from fastcorl.data import ImageError, decode_image
         from fastcorl.records import Prompt
 
         sampling_params(self, max_new_tokens=self.max_new_tokens)
-        if not self.image.is_file():
-            raise UserError(f"--image {self.image}: no such file")
         try:
             image = decode_image(self.image.read_bytes(), None)
         except ImageError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from fastcorl.commands.shared import check_flag
 from fastcorl.config_data import check_columns
 from fastcorl.errors import UserError
+from fastcorl.first_checks import check_data
 
 if TYPE_CHECKING:
     from fastcorl.data import BadRow, PromptLengths, Rows, RowStream
@@ -86,6 +87,7 @@ class Doctor:
 
     def _look_at_data(self, source: str) -> None:
         check_flag("--columns", check_columns, self.columns)
+        check_data(source, "--data")
         if self.max_rows is not None and self.max_rows < 1:
             raise UserError(f"--max-rows {self.max_rows}: must be at least 1")
         if not 0 <= self.max_bad_fraction <= 1:

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fastcorl.commands.shared import check_flag, load, make_params, writable_file
+from fastcorl.commands.shared import check_counts, check_flag, load, make_params, writable_file
 from fastcorl.config_data import check_columns, check_templates
 from fastcorl.errors import UserError
+from fastcorl.first_checks import check_data
+from fastcorl.places import check_janus
+from fastcorl.plugins import check_module
 
 if TYPE_CHECKING:
     from fastcorl.records import Prompt
@@ -27,6 +30,8 @@ class Evaluate:
     """Rows, in any form that data.train takes."""
     columns: dict[str, str] = field(default_factory=dict)
     """Renames, in pairs: our column and the data set's."""
+    subset: str | None = None
+    """Subset (configuration) of a data set of the hub."""
     split: str = "train"
     """Split of a data set of the hub, or of a folder of files."""
     revision: str | None = None
@@ -51,21 +56,26 @@ class Evaluate:
     device: str = "auto"
 
     def run(self) -> None:
-        from fastcorl.evaluation import load_scorer
-        from fastcorl.runtime.report import score_table
-
-        if self.num_prompts < 1:
-            raise UserError(f"--num-prompts {self.num_prompts}: must be at least 1")
+        check_counts(self, "num_prompts")
         if len(set(self.model)) < len(self.model) or not self.model:
             raise UserError("--model: give at least one model, and each once")
+        for model in self.model:
+            check_janus(model, "--model")
         check_flag("--columns", check_columns, self.columns)
         check_flag("--templates", check_templates, self.templates)
-        if self.out:
-            writable_file("--out", self.out, ".json")
-        params = make_params(self.temperature, guidance=self.guidance, max_new_tokens=self.max_new_tokens)
+        check_data(self.data, "--data")
         spec = self.scorer
         if spec == "auto":
             spec = QUICKSTART_SCORER if self.data == QUICKSTART_ROWS else None
+        if spec:
+            check_module(spec, "--scorer")
+        if self.out:
+            writable_file("--out", self.out, ".json")
+
+        from fastcorl.evaluation import load_scorer
+        from fastcorl.runtime.report import score_table
+
+        params = make_params(self.temperature, guidance=self.guidance, max_new_tokens=self.max_new_tokens)
         scorer = load_scorer(spec, "--scorer")
         rows = self._rows(draw=scorer is not None)
         entries = [{"stage": model, "scores": self._score(model, rows, params, scorer)} for model in self.model]
@@ -84,9 +94,16 @@ class Evaluate:
     def _rows(self, *, draw: bool):
         from fastcorl.data import Needs, load_rows, open_stream
 
-        needs = Needs(draw=draw, answer=True)
-        options = {"needs": needs, "question_type": self.questions, "split": self.split, "revision": self.revision}
-        return (open_stream if self.streaming else load_rows)(self.data, self.columns, "--data", **options)
+        return (open_stream if self.streaming else load_rows)(
+            self.data,
+            self.columns,
+            "--data",
+            needs=Needs(draw=draw, answer=True),
+            question_type=self.questions,
+            split=self.split,
+            revision=self.revision,
+            subset=self.subset,
+        )
 
     def _score(self, model: str, rows, params, scorer) -> dict[str, float]:
         """Of one model, which is gone from memory afterwards."""

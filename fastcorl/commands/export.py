@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fastcorl.commands.shared import new_folder_name
 from fastcorl.errors import UserError
+from fastcorl.places import model_folder
 
 
 @dataclass
@@ -28,14 +30,20 @@ class Export:
     processor files are copied."""
 
     def run(self) -> None:
+        new_folder_name("--out", self.out)
+        if (self.to == "multi_modality") != (self.like is not None):
+            raise UserError("--to multi_modality needs --like, the original checkpoint; nothing else takes it")
+        model_folder(self.source, "--from")
+        if self.like is not None:
+            model_folder(self.like, "--like")
+
         import torch
 
         from fastcorl.model import convert
+        from fastcorl.runtime.card_parts import CARD
+        from fastcorl.runtime.durable import write_text
+        from fastcorl.runtime.model_card import conversion_card
 
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise UserError(f"--out {self.out}: exists and is not an empty folder; name a new one")
-        if (self.to == "multi_modality") != (self.like is not None):
-            raise UserError("--to multi_modality needs --like, the original checkpoint; nothing else takes it")
         dtype = getattr(torch, self.dtype) if self.dtype else None
         with _flag("--like"):
             like = convert.checkpoint_folder(self.like) if self.like is not None else None
@@ -54,9 +62,12 @@ class Export:
                 report = convert.convert_checkpoint(folder, self.out, dtype)
             else:
                 report = convert.rewrite_checkpoint(folder, self.out, dtype)
+        weights = str(report.dtype).removeprefix("torch.")
+        if self.to == "transformers":  # which is what cards say how to load
+            write_text(self.out / CARD, conversion_card(self.source, folder, weights))
         size = f"{report.parameters / 1e6:.1f} M numbers in {report.tensors} tensors"
         left = f"; {len(report.unused)} unused tensors left out" if report.unused else ""
-        print(f"{self.out}: {size}, {str(report.dtype).removeprefix('torch.')}{left}")
+        print(f"{self.out}: {size}, {weights}{left}")
 
 
 @contextmanager

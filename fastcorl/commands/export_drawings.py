@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastcorl.commands.shared import load, make_params, writable_folder
+from fastcorl.benchmark_prompts import read_tasks
+from fastcorl.commands.shared import check_counts, load, make_params, writable_folder
 from fastcorl.errors import UserError
+from fastcorl.places import check_janus
 
 
 @dataclass
@@ -35,17 +37,19 @@ class ExportDrawings:
     device: str = "auto"
 
     def run(self) -> None:
+        part = re.fullmatch(r"(\d+)/(\d+)", self.part)
+        if part is None:
+            raise UserError(f"--part {self.part}: must be i/n, as 0/8")
+        check_counts(self, "drawings_at_once", "samples")
+        read_tasks(self.layout, self.prompts)
+        check_janus(self.model, "--model")
+
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
         from fastcorl.exports import export_drawings
         from fastcorl.rollout import RolloutEngine
 
-        part = re.fullmatch(r"(\d+)/(\d+)", self.part)
-        if part is None:
-            raise UserError(f"--part {self.part}: must be i/n, as 0/8")
-        if self.drawings_at_once < 1:
-            raise UserError(f"--drawings-at-once {self.drawings_at_once}: must be at least 1")
         params = make_params(self.temperature, guidance=self.guidance)
         writable_folder("--out", self.out)
         engine = RolloutEngine(load(self.model, self.device), weight_version=0)

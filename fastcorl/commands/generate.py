@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastcorl.commands.shared import load, sample, sampling_params, writable_file, writable_folder
+from fastcorl.commands.shared import check_counts, load, sample, sampling_params, writable_file, writable_folder
+from fastcorl.places import check_janus
 
 
 @dataclass
@@ -34,6 +35,12 @@ class Generate:
     device: str = "auto"
 
     def run(self) -> None:
+        check_counts(self, "num", "max_rows")
+        check_janus(self.model, "--model")
+        writable_file("--grid", self.grid, ".png", ".jpg", ".jpeg", ".webp")
+        if self.out is not None:
+            writable_folder("--out", self.out)
+
         import numpy as np
         import torch
         from PIL import Image
@@ -41,9 +48,6 @@ class Generate:
         from fastcorl.records import Prompt
 
         params = sampling_params(self, guidance=self.guidance)
-        writable_file("--grid", self.grid, ".png", ".jpg", ".jpeg", ".webp")
-        if self.out is not None:
-            writable_folder("--out", self.out)
         policy = load(self.model, self.device)
         blank = Image.new("RGB", (policy.image_size, policy.image_size))
         prompt = Prompt("cli", self.prompt, blank, "", "", "OE")

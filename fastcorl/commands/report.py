@@ -19,14 +19,18 @@ class Report:
     """Folder for the two files; None is the run's own folder, and `report` for several runs."""
 
     def run(self) -> None:
-        from fastcorl.runtime.report import draw_comparison, draw_report, read_run
-        from fastcorl.runtime.report_page import write_page
-
         if not self.runs:
             raise UserError("report: name the folder of a run, as in fastcorl report runs/quickstart")
+        for run in self.runs:
+            if not run.is_dir():
+                raise UserError(f"report: {run}: no such folder; name that of a run, as runs/quickstart")
         folders = [folder.resolve() for folder in self.runs]
         if len(set(folders)) < len(folders):
             raise UserError("report: name each run once")
+
+        from fastcorl.runtime.report import draw_comparison, draw_report, read_run
+        from fastcorl.runtime.report_page import write_page
+
         names = [folder.name for folder in folders]
         labels = [name if names.count(name) == 1 else str(given) for name, given in zip(names, self.runs, strict=True)]
         results = [read_run(folder, label) for folder, label in zip(self.runs, labels, strict=True)]

@@ -36,12 +36,22 @@ def writable_folder(flag: str, path: Path) -> Path:
     return path
 
 
-def sampling_params(command, **settings: float):
-    """The command's flags as sampling parameters."""
-    for name in ("num", "max_rows"):
+def new_folder_name(flag: str, path: Path) -> None:
+    """Raise UserError where `path` is not the name of a new folder, or of an empty one."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{flag} {path}: exists and is not an empty folder; name a new one")
+
+
+def check_counts(command, *names: str) -> None:
+    """Raise UserError for a flag whose number is below 1."""
+    for name in names:
         value = getattr(command, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
+def sampling_params(command, **settings: float):
+    """The command's flags as sampling parameters."""
     return make_params(command.temperature, top_k=command.top_k, top_p=command.top_p, **settings)
 
 

@@ -1,20 +1,11 @@
 """Data sets of the Hugging Face hub, and local folders laid out like one."""
 
-import re
 from pathlib import Path
 
 import datasets
 from huggingface_hub import constants
 
 from fastcorl.errors import UserError
-
-_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?::(?P<split>[\w.\[\]%:+-]+))?")
-
-
-def hub_name(source: str) -> tuple[str, str | None] | None:
-    """`owner/name` and the split of `owner/name:split`, where `source` has that form."""
-    match = _NAME.fullmatch(source)
-    return (match["name"], match["split"]) if match else None
 
 
 def load_hub(

@@ -10,9 +10,10 @@ from typing import Any
 import datasets
 
 from fastcorl.data.files import Files, find_files, read_text_rows
-from fastcorl.data.hub import cache_folder, hub_name, load_hub
+from fastcorl.data.hub import cache_folder, load_hub
 from fastcorl.data.rows import Shards
 from fastcorl.errors import UserError
+from fastcorl.places import hub_data
 from fastcorl.plugins import is_spec, load_object
 
 
@@ -38,10 +39,8 @@ def open_source(
     files = find_files(path, place, own_split or split)
     if files is not None:
         return _open_files(files, place, own_split or split, subset, streaming)
-    name = hub_name(source)
-    if name is None or Path(name[0]).suffix in (".parquet", ".jsonl", ".json", ".csv"):
-        raise UserError(f"{place}: no such file or folder, and neither module:function nor owner/name of the hub")
-    table = load_hub(name[0], place, split=name[1] or split, revision=revision, subset=subset, streaming=streaming)
+    name, hub_split = hub_data(source, place)
+    table = load_hub(name, place, split=hub_split or split, revision=revision, subset=subset, streaming=streaming)
     return Opened(table, cache_folder(), absolute=True)
 
 

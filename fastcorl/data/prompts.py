@@ -6,10 +6,11 @@ from collections.abc import Collection, Sequence
 from fastcorl.config_data import QUESTION_TYPES
 from fastcorl.data.quarantine import Quarantine
 from fastcorl.data.rows import Rows
-from fastcorl.data.sampler import PromptSampler, check_world, reserve_block
+from fastcorl.data.sampler import PromptSampler, reserve_block
 from fastcorl.data.validation import BadRow, PromptCheck, read_prompt
 from fastcorl.errors import UserError
 from fastcorl.records import Prompt
+from fastcorl.tasks import check_world
 
 ATTEMPTS = 20
 

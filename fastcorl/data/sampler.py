@@ -4,6 +4,7 @@ import hashlib
 from functools import lru_cache
 
 from fastcorl.errors import UserError
+from fastcorl.tasks import check_world, setting
 
 
 @lru_cache(maxsize=4)
@@ -21,7 +22,7 @@ class PromptSampler:
 
     def __init__(self, size: int, seed: int, prompts_per_step: int, stage: str = ""):
         if prompts_per_step > size:
-            raise UserError(f"{setting(stage)} {prompts_per_step} exceeds the {size} prompts there are")
+            raise UserError(f"{setting(stage)} {prompts_per_step} exceeds the {size} prompts there are; lower it")
         self.size = size
         self.seed = seed
         self.prompts_per_step = prompts_per_step
@@ -79,13 +80,3 @@ def reserve_block(round: int, attempt: int) -> int:
     Round 0 is the step itself, whose attempt 0 is block -1. Cantor's pairing, so that no two share a block.
     """
     return (round + attempt) * (round + attempt + 1) // 2 + attempt - 1
-
-
-def check_world(stage: str, prompts_per_step: int, world: int) -> None:
-    """Raise UserError where ranks cannot share a step's prompts evenly."""
-    if prompts_per_step % world:
-        raise UserError(f"{setting(stage)} {prompts_per_step} does not divide by {world} ranks")
-
-
-def setting(stage: str) -> str:
-    return f"stages.{stage}.prompts_per_step" if stage else "prompts_per_step"

@@ -9,11 +9,12 @@ from fastcorl.config_data import QUESTION_TYPES
 from fastcorl.data.prompts import PromptSource
 from fastcorl.data.quarantine import Quarantine
 from fastcorl.data.rows import Row, RowStream
-from fastcorl.data.sampler import first_place, permutation, reserve_stage, setting
+from fastcorl.data.sampler import first_place, permutation, reserve_stage
 from fastcorl.data.schema import Unreadable
 from fastcorl.data.validation import BadRow, PromptCheck, read_prompt
 from fastcorl.errors import UserError
 from fastcorl.records import Prompt
+from fastcorl.tasks import setting
 
 NumberedRow = tuple[str, Row]
 
@@ -57,7 +58,9 @@ class StreamPrompts(PromptSource):
     def check(self, world: int) -> None:
         super().check(world)
         if self.size is not None and self.prompts_per_step > self.size:
-            raise UserError(f"{setting(self.stage)} {self.prompts_per_step} exceeds the {self.size} prompts there are")
+            raise UserError(
+                f"{setting(self.stage)} {self.prompts_per_step} exceeds the {self.size} prompts there are; lower it"
+            )
 
     def _read(self, step: int, block: int, place: int) -> Prompt | BadRow:
         order = self._own if block < 0 else self._reserve

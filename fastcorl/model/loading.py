@@ -1,6 +1,7 @@
 """Loading and saving a policy in the transformers format."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     JanusForConditionalGeneration,
     PreTrainedConfig,
 )
+from transformers.utils import logging
 
 from fastcorl.errors import UserError
 from fastcorl.model.adapters import merged_state_dict, save_adapters
@@ -23,8 +25,10 @@ from fastcorl.model.fused_layers import compile_blocks, use_liger
 from fastcorl.model.lean_layers import use_lean
 from fastcorl.model.policy import Policy
 from fastcorl.model.prompts import PromptEncoder
+from fastcorl.places import QUICKSTART, check_model_type, janus_folder
 
 QUICKSTART_WEIGHTS = Path(__file__).parent.parent / "quickstart" / "weights"
+_WHOLE = "give all files of a Janus in the transformers format"
 
 
 def load_policy(
@@ -54,14 +58,15 @@ def load_policy(
     packed_backend(attention, dtype, config.text_config.head_dim, torch.device(device))
     try:
         processor = AutoProcessor.from_pretrained(name)
-        janus, report = JanusForConditionalGeneration.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        with _quiet():
+            janus, report = JanusForConditionalGeneration.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"model.path: cannot load {str(path)!r}: {_first_line(error)}") from error
+        raise UserError(f"model.path: cannot load {str(path)!r}: {_first_line(error)}; {_WHOLE}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise UserError(f"model.path: {str(path)!r} lacks {len(missing)} tensors, the first is {missing[0]}")
+        raise UserError(f"model.path: {str(path)!r} lacks {len(missing)} tensors, the first is {missing[0]}; {_WHOLE}")
     if not processor.chat_template:
-        raise UserError(f"model.path: {str(path)!r} has no chat template (chat_template.jinja)")
+        raise UserError(f"model.path: {str(path)!r} has no chat template (chat_template.jinja); {_WHOLE}")
     janus.model.language_model.set_attn_implementation(IMPLEMENTATION)
     policy = Policy(janus, processor, PromptEncoder(processor, templates=templates), attention_backend=attention)
     # Dropout would make the trained distribution differ from the sampled one, so nothing is ever put in train mode.
@@ -87,25 +92,18 @@ def speed_up(backbone: nn.Module, liger: str) -> None:
 
 def resolve(path: str | Path) -> tuple[str, JanusConfig]:
     """What `from_pretrained` is to be given for `path`, and the configuration found there. Raises UserError."""
-    source = QUICKSTART_WEIGHTS / "janus" if str(path) == "quickstart" else Path(path)
-    name = str(source) if source.exists() else str(path)
-    if not source.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):  # not a hub name
-        raise UserError(f"model.path: there is no folder {name!r}")
-    try:
-        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: cannot load {str(path)!r}: {_first_line(error)}") from error
-    if model_type == "multi_modality":
-        raise UserError(
-            f"model.path: {str(path)!r} is in the original layout; "
-            f"convert it once: fastcorl export --from {path} --out FOLDER"
-        )
-    if model_type != "janus":
-        raise UserError(f"model.path: {str(path)!r} is a {model_type!r} model; expected 'janus'")
+    folder = QUICKSTART_WEIGHTS / "janus" if str(path) == QUICKSTART else janus_folder(str(path), "model.path")
+    name = str(folder or path)
+    if folder is None:
+        try:
+            model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.path: cannot load {name!r}: {_first_line(error)}") from error
+        check_model_type(model_type, name, "model.path")
     try:
         return name, AutoConfig.from_pretrained(name)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"model.path: {str(path)!r}: its config.json is wrong: {_first_line(error)}") from error
+        raise UserError(f"model.path: {name!r}: its config.json is wrong: {_first_line(error)}; {_WHOLE}") from error
 
 
 def empty_policy(config: JanusConfig, dtype: torch.dtype) -> Policy:
@@ -134,6 +132,17 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
     else:
         policy.janus.save_pretrained(folder)
     policy.processor.save_pretrained(folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' table of what is missing in a checkpoint, which is told in a line."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,9 @@
 """Checkpoints of the networks that judge: read as they are published, whole or not at all."""
 
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from fastcorl.errors import UserError
+from fastcorl.places import model_folder
 
 
 @contextmanager
@@ -20,16 +21,11 @@ def loading(key: str, path: str | Path) -> Iterator[str]:
 
     Transformers' report of weights that a model has no use for is not shown.
     """
-    name = str(path)
-    folder = Path(name).expanduser()
+    folder = model_folder(str(path), key)
     verbosity = logging.get_verbosity()
-    if folder.exists():
-        name = str(folder)
-    elif folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise UserError(f"{key}: there is no folder {name!r}; give a folder with a checkpoint, or a hub name")
     try:
         logging.set_verbosity_error()
-        yield name
+        yield str(folder or path)
     except (
         OSError,
         ValueError,
@@ -38,7 +34,7 @@ def loading(key: str, path: str | Path) -> Iterator[str]:
         AttributeError,
         ImportError,
         SafetensorError,
-        pickle.UnpicklingError,
+        UnpicklingError,
     ) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{key}: cannot load {str(path)!r}, as a folder or from the hub: {reason}") from error

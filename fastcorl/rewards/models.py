@@ -22,6 +22,7 @@ from fastcorl.rewards.images.perceptual import make_image_similarity
 from fastcorl.rewards.users.rewards import UserRewards
 
 POLICY = "policy"
+ANY_CAPTION = ("jaccard", "spice_py", "bertscore")
 
 
 class RewardModels:
@@ -75,7 +76,11 @@ class RewardModels:
             by_rules = isinstance(similarity, TupleSimilarity | SpicePy | WordSimilarity)
             if by_rules and math.isnan(similarity([caption], [caption])[0]):
                 key = "rewards.caption_tuples" if name == "tuples" else f"rewards.caption_similarity {name}"
-                return f"{key} finds nothing in {caption[:60]!r}"
+                others = ", ".join(other for other in ANY_CAPTION if other != name)
+                return (
+                    f"{key} finds nothing in {caption[:60]!r}; for captions of another kind "
+                    f"take another rewards.caption_similarity ({others})"
+                )
         return None
 
     def close(self) -> None:

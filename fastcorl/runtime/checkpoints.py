@@ -130,7 +130,7 @@ class Checkpoints:
             "files": _describe(temporary),
             "config": self.config_hash,
             "world_size": position.world_size,
-            "versions": _versions(),
+            "versions": {"python": platform.python_version(), **package_versions()},
         }
         manifest["sha256"] = hash_of(manifest)
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
@@ -212,8 +212,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+def package_versions() -> dict[str, str]:
+    found = {}
     for package in ("fastcorl", "torch", "deepspeed"):
         try:
             found[package] = version(package)

@@ -72,8 +72,8 @@ class Distributed:
 def start(*, threads: int, process_group: bool) -> Distributed:
     """Join the launcher's process group, if any, and choose device and thread count.
 
-    Args: `threads` per rank on CPU, 0 to share the cores out among local ranks; `process_group` asks for a process
-    group even in a world of one, as DeepSpeed needs.
+    Args: `threads` per rank on CPU, 0 for what OMP_NUM_THREADS says, or else to share the cores out among local ranks;
+    `process_group` asks for a process group even in a world of one, as DeepSpeed needs.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -84,7 +84,8 @@ def start(*, threads: int, process_group: bool) -> Distributed:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(threads or max(1, _usable_cores() // local_world_size))
+        if threads or "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(threads or max(1, _usable_cores() // local_world_size))
     if (world_size > 1 or process_group) and not dist.is_initialized():
         for key, value in {
             "MASTER_ADDR": "127.0.0.1",

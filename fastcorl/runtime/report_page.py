@@ -24,19 +24,22 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-
 h1 { font-size: 1.6em; margin: 0 0 .4em }
 h2 { font-size: 1.2em; margin: 2em 0 .6em; border-bottom: 1px solid #ddd; padding-bottom: .2em }
 h3 { font-size: 1em; margin: 1.2em 0 .4em }
-nav a { margin-right: 1.2em; color: #0060a0; text-decoration: none }
+nav { display: flex; flex-wrap: wrap; gap: 0 1.2em }
+nav a { color: #0060a0; text-decoration: none; white-space: nowrap }
 p.note { color: #6b6b6b; margin: .3em 0 .8em }
 table { border-collapse: collapse; font-size: .92em; margin: .3em 0 1em }
+section { overflow-x: auto }
 th, td { padding: .25em .8em; border-bottom: 1px solid #e5e5e5; text-align: left; vertical-align: top;
   white-space: pre-wrap; overflow-wrap: anywhere }
 th { font-weight: 600; color: #555; overflow-wrap: normal }
-table.settings td:first-child { white-space: nowrap }
+table.settings td:first-child, table.numbers td, table.numbers th { white-space: nowrap }
 table.numbers td + td, table.numbers th + th { text-align: right; font-variant-numeric: tabular-nums }
 tr.group td { background: #f3f4f6; font-weight: 600 }
 tr.differs td { background: #fff3d6 }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(370px, 1fr)); gap: .8em }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(370px, 100%), 1fr)); gap: .8em }
 .charts img, .grids img { width: 100%; height: auto }
-.grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1.2em; align-items: start }
+.grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 1.2em;
+  align-items: start }
 figure { margin: 0 }
 figcaption { color: #6b6b6b; margin-bottom: .3em }
 .dot { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .5em }
@@ -129,7 +132,7 @@ def _grid(file: SampleFile) -> str:
     data, kind = file.picture.read_bytes(), "png"
     if len(data) > MAX_PICTURE_BYTES:
         smaller = io.BytesIO()
-        with Image.open(file.picture) as image:
+        with Image.open(file.picture, formats=["PNG"]) as image:
             image.convert("RGB").save(smaller, "JPEG", quality=85)
         data, kind = smaller.getvalue(), "jpeg"
     return _image(data, kind, f"drawings, {file.stage}, step {file.step}")

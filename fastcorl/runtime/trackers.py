@@ -7,7 +7,6 @@ metrics.jsonl (telemetry.py) depends on none of them.
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from fastcorl.config import LoggingConfig
 from fastcorl.errors import UserError
+from fastcorl.plugins import check_package
 from fastcorl.records import StepRecord
 from fastcorl.runtime.durable import write_text
 
@@ -139,9 +139,7 @@ class Trackers:
         self._warn = warn
         self._open: dict[str, Tracker] = {}
         for name in self._wanted:
-            spec = find_spec(name)
-            if spec is None or spec.origin is None:  # a folder of this name, such as W&B leaves, is no package
-                raise UserError(f"logging.{name}: {name} is not installed (pip install {name}){_remedy(name)}")
+            check_package(name, f"logging.{name}", _otherwise(name))
 
     def start(self, run: TrackedRun) -> None:
         """Start them all; raises UserError where one cannot."""
@@ -149,7 +147,7 @@ class Trackers:
             try:
                 self._open[name] = TRACKERS[name](run)
             except Exception as error:  # whatever it is, of a package that is not ours
-                raise UserError(f"logging.{name}: {name} cannot start: {_line(error)}{_remedy(name)}") from error
+                raise UserError(f"logging.{name}: {name} cannot start: {_line(error)}; {_otherwise(name)}") from error
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Show numbers at a global step."""
@@ -191,8 +189,8 @@ def rate(amount: float, seconds: float) -> float:
     return amount / seconds if seconds > 0 else 0.0
 
 
-def _remedy(name: str) -> str:
-    return f"; --logging.{name} false does without"
+def _otherwise(name: str) -> str:
+    return f"--logging.{name} false does without"
 
 
 def _line(error: Exception) -> str:

@@ -5,6 +5,7 @@ import json
 
 from PIL import Image
 
+from fastcorl.data import Needs, PromptLengths
 from tests.data.examples import png, row
 
 
@@ -133,3 +134,24 @@ def make_folder(folder) -> None:
     (folder / "link.png").symlink_to(folder.parent / "secret.png")
     (folder / "circle.png").symlink_to(folder / "circle.png")
     (folder / "notes.png").write_text("notes")
+
+
+class Words:
+    """A prompt encoder whose tokens are words, with three for an image."""
+
+    image_id = -1
+
+    class processor:
+        num_image_tokens = 3
+        image_token = PLACEHOLDER
+
+    def draw(self, caption):
+        return [self.image_id if word == PLACEHOLDER else len(word) for word in caption.split()]
+
+    def ask(self, question, question_type=None):
+        return [self.image_id] * 3 + self.draw(question)
+
+
+def lengths() -> PromptLengths:
+    """What a model of `Words` cannot take."""
+    return PromptLengths(Words(), 1024, Needs())

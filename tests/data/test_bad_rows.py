@@ -4,39 +4,17 @@ import pytest
 
 from fastcorl.data import (
     MapPrompts,
-    Needs,
-    PromptLengths,
     Quarantine,
     StreamPrompts,
     check_rows,
     load_rows,
     open_stream,
 )
-from tests.data.bad_rows import ANYWHERE, JSONL_ONLY, PLACEHOLDER, make_folder
+from tests.data.bad_rows import ANYWHERE, JSONL_ONLY, lengths, make_folder
 from tests.data.examples import in_memory, numbered, row, write_jsonl, write_parquet
 
 KINDS = ANYWHERE | JSONL_ONLY
 BAD = 4
-
-
-class Words:
-    """A prompt encoder whose tokens are words, with three for an image."""
-
-    image_id = -1
-
-    class processor:
-        num_image_tokens = 3
-        image_token = PLACEHOLDER
-
-    def draw(self, caption):
-        return [self.image_id if word == PLACEHOLDER else len(word) for word in caption.split()]
-
-    def ask(self, question, question_type=None):
-        return [self.image_id] * 3 + self.draw(question)
-
-
-def lengths():
-    return PromptLengths(Words(), 1024, Needs())
 
 
 def rows_around(changes):

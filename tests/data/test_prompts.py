@@ -92,9 +92,9 @@ def test_ranks_share_a_step(world):
 
 
 def test_mistakes():
-    with pytest.raises(UserError, match=r"^stages.unified.prompts_per_step 7 does not divide by 2 ranks$"):
+    with pytest.raises(UserError, match=r"^stages.unified.prompts_per_step 7 does not divide by 2 ranks; "):
         PromptSampler(20, 0, 7, stage="unified").for_rank(1, 0, 2)
-    with pytest.raises(UserError, match=r"^stages.unified.prompts_per_step 7 does not divide by 2 ranks$"):
+    with pytest.raises(UserError, match=r"^stages.unified.prompts_per_step 7 does not divide by 2 ranks; "):
         source(numbered(20), 7).check(2)
     with pytest.raises(UserError, match="stages.mc.prompts_per_step 8 exceeds the 5 prompts"):
         PromptSampler(5, 0, 8, stage="mc")

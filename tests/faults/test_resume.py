@@ -1,11 +1,20 @@
 """Resuming goes back to the right point, and refuses what it cannot continue."""
 
-import json
 import shutil
 
 import pytest
+import torch
 
-from tests.loop.launching import read_metrics, run_python
+from fastcorl.config_loading import load_config
+from fastcorl.errors import UserError
+from fastcorl.resuming import Resumption, engine_facts
+from fastcorl.runtime.distributed import Distributed
+from fastcorl.runtime.run_folder import RunFolder
+from fastcorl.tasks import expand
+from tests.faults.run_states import compare_runs
+from tests.loop.launching import run_python
+
+ALONE = Distributed(0, 1, torch.device("cpu"))
 
 TINY = [
     "--threads=1",
@@ -42,31 +51,31 @@ def copy_killed_in_t2i(finished, tmp_path):
     return copy
 
 
-def same(before, after):
-    return [(line["stage"], line["step"], line["rewards"], line["metrics"]["loss"]) for line in before] == [
-        (line["stage"], line["step"], line["rewards"], line["metrics"]["loss"]) for line in after
-    ]
+def check_same(finished, copy):
+    """Figures, scores, exports and the last checkpoint, to the bit."""
+    found = compare_runs(finished, copy)
+    assert found.differences == []
+    assert found.tensors > 1000
 
 
 def test_resume_inside_a_stage_that_leaves_the_text_head_alone(finished, tmp_path):
     copy = copy_killed_in_t2i(finished, tmp_path)
     run_python(*TINY, f"--output_dir={tmp_path}", "--resume=auto")
-    assert same(read_metrics(finished), read_metrics(copy))
-    assert json.loads((copy / "scores.json").read_text()) == json.loads((finished / "scores.json").read_text())
+    check_same(finished, copy)
 
 
 def test_resume_without_a_checkpoint_in_the_open_stage_keeps_finished_stages(finished, tmp_path):
     copy = copy_killed_in_t2i(finished, tmp_path)
     shutil.rmtree(copy / "checkpoints" / "step-3")
     run_python(*TINY, f"--output_dir={tmp_path}", "--resume=auto")
-    assert same(read_metrics(finished), read_metrics(copy))
+    check_same(finished, copy)
 
 
 def test_resume_from_a_named_checkpoint_trains_from_there_again(finished, tmp_path):
     copy = tmp_path / "quickstart"
     shutil.copytree(finished, copy)
     run_python(*TINY, f"--output_dir={tmp_path}", f"--resume={copy / 'checkpoints' / 'step-1'}")
-    assert same(read_metrics(finished), read_metrics(copy))
+    check_same(finished, copy)
     assert (copy / "export" / "abandoned-unified").exists()
 
 
@@ -75,3 +84,27 @@ def test_a_checkpoint_of_another_engine_is_refused(finished, tmp_path):
     result = run_python(*TINY, f"--output_dir={tmp_path}", "--resume=auto", "--deepspeed.zero_stage=1", check=False)
     assert result.returncode == 2
     assert "engine plain" in result.stderr
+
+
+def resumption(folder, **facts):
+    """Of the run in `folder`, as an engine of other facts would find it."""
+    config = load_config([*TINY, f"--output_dir={folder}", "--resume=auto"])
+    facts = engine_facts(config, ALONE, launched=False) | facts
+    return Resumption(config, expand(config), RunFolder(config), ALONE, facts)
+
+
+def test_another_number_of_ranks_is_refused_inside_a_stage(finished, tmp_path):
+    copy = copy_killed_in_t2i(finished, tmp_path)
+    with pytest.raises(UserError) as refused:
+        resumption(tmp_path, world_size=2)
+    assert str(refused.value) == (
+        f"resume: {copy / 'checkpoints' / 'step-3'} was written with world_size 1, this run has world_size 2: resume "
+        "with what it was written with, or begin stage t2i anew in a run of another name, with stages.t2i.init "
+        f"{copy / 'export' / 'unified'}"
+    )
+
+
+def test_another_number_of_ranks_begins_the_next_stage(finished, tmp_path):
+    copy = copy_killed_in_t2i(finished, tmp_path)
+    shutil.rmtree(copy / "checkpoints" / "step-3")  # what is left is of the stage that is finished
+    assert resumption(tmp_path, world_size=2).finished_stages() == ["unified"]

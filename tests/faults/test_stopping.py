@@ -188,3 +188,10 @@ def test_what_a_killed_run_left_half_done_is_removed(run, tmp_path, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["abandoned-step-2", "latest", "step-1", "step-2"]
     assert (tmp_path / "run" / "export" / "unified").is_dir()
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_a_finished_stage_that_is_to_have_more_steps_stays_as_it_is_and_says_so(run, tmp_path, capsys):
+    run("--stages.unified.steps=1")
+    run("--stages.unified.steps=3", "--resume=auto")
+    assert "unified: is finished after 1 steps and is not trained on to 3; --resume" in capsys.readouterr().out
+    assert len(read_metrics(tmp_path / "run")) == 1

@@ -1,9 +1,13 @@
 """Both stages end to end through the real launcher with two ranks, and what a user finds afterwards."""
 
 import json
+import re
 import shutil
 
 import pytest
+import torch
+from PIL import Image
+from transformers import JanusForConditionalGeneration
 
 from tests.loop.launching import read_metrics, run_deepspeed
 
@@ -64,19 +68,27 @@ def test_scores_of_every_stage_are_kept(finished_run):
     assert "held-out scores, merge" in output
 
 
-def test_export_is_what_transformers_reads(finished_run):
-    import torch
-    from transformers import AutoProcessor, JanusForConditionalGeneration
-
+def test_every_export_has_a_card_with_its_scores(finished_run):
     folder, _ = finished_run
-    model = JanusForConditionalGeneration.from_pretrained(folder / "export" / "merge")
-    processor = AutoProcessor.from_pretrained(folder / "export" / "merge")
-    messages = [{"role": "user", "content": [{"type": "text", "text": "a red three at top left"}]}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(text=text, generation_mode="image", return_tensors="pt")
+    came_from = {"unified": "unified", "t2i": "unified | t2i", "merge": "unified | mc | oe | merge"}
+    for stage, columns in came_from.items():
+        card = (folder / "export" / stage / "README.md").read_text()
+        assert f"| score | start | {columns} | change |" in card
+        assert str(folder) not in card
+
+
+def test_what_an_export_says_of_loading_it_with_transformers_works(finished_run, tmp_path, monkeypatch):
+    folder = finished_run[0] / "export" / "merge"
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    names = {}
     torch.manual_seed(0)
-    tokens = model.generate(**inputs, generation_mode="image", do_sample=True, guidance_scale=5)
-    assert model.decode_image_tokens(tokens).shape == (1, 32, 32, 3)
+    exec(code.replace('"owner/name"', repr(str(folder))).replace("a caption", "a red three at top left"), names)
+    assert isinstance(names["model"], JanusForConditionalGeneration)
+    assert names["codes"].shape == (1, 64)
+    with Image.open("drawing.png") as drawing:
+        assert drawing.size == (32, 32) and max(high for _, high in drawing.getextrema()) > 128
+    assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
 
 
 def test_resume_continues_to_the_same_end(tmp_path, finished_run):

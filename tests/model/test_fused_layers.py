@@ -14,12 +14,13 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from fastcorl.config_loading import load_config
 from fastcorl.errors import UserError
+from fastcorl.first_checks import check_stages
 from fastcorl.memory import block_bytes_per_token
 from fastcorl.model import fused_layers as module
 from fastcorl.model import load_policy, save_policy
 from fastcorl.model.fused_layers import CLASSES, Shape, compile_blocks, use_liger, uses_liger, working_kernels
 from fastcorl.model.loading import empty_policy
-from fastcorl.parts import check_stages, liger_choice
+from fastcorl.parts import liger_choice
 from tests.helpers import HIDDEN_SIZE, janus_config, make_policy
 from tests.model.backbones import DEVICE, pack, prepared
 

@@ -129,8 +129,6 @@ def test_a_bad_name_is_told_with_its_key_and_leaves_no_process():
         UserError, match=r"^rewards\.pairwise: user_functions:nothing: 'user_functions' has no 'nothing'"
     ):
         UserRewards(["user_functions:first_pixel"], ["user_functions:nothing"])
-    with pytest.raises(UserError, match="both name user_functions:brighter"):
-        UserRewards(["user_functions:brighter"], ["user_functions:brighter"])
 
 
 def test_no_rewards_need_no_process(rollout):

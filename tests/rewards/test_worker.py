@@ -14,7 +14,7 @@ import torch
 
 from fastcorl.errors import UserError
 from fastcorl.rewards.users import worker_process
-from fastcorl.rewards.users.worker import RewardWorker, worker_environment
+from fastcorl.rewards.users.worker import RewardWorker, Spare, worker_environment
 from fastcorl.rewards.users.worker_process import pack_rollout, read_message, unpack_rollout, write_message
 
 NAN = float("nan")
@@ -159,15 +159,32 @@ def test_start_time_does_not_count_as_the_calls(call):
         worker.close()
 
 
+def test_a_spare_takes_the_place_of_a_process_that_dies(call):
+    """It has imported torch by then, so that the function is all there is to import."""
+    spare = Spare(gpu=False)
+    worker = RewardWorker("user_functions:by_caption", spare=spare)
+    worker.ready()
+    try:
+        waiting = spare._child.process.pid
+        assert call(worker, "os_exit").failure == "its process ended with exit code 5"
+        assert call(worker, "array").values.tolist() == [1, 2, 3, 4]
+        assert worker._child.process.pid == waiting
+        waiting = spare._child.process
+        assert is_alive(waiting.pid) and waiting.pid != worker._child.process.pid
+    finally:
+        worker.close()
+        spare.close()
+    assert not is_alive(waiting.pid)
+
+
 def test_an_import_that_fails_at_the_restart_is_a_failure(call, tmp_path, monkeypatch):
     module = tmp_path / "short_lived.py"
-    module.write_text("import os\ndef reward(rollout): os._exit(0)\n")
+    module.write_text("import os\ndef reward(rollout):\n    os.unlink(__file__)\n    os._exit(0)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     worker = RewardWorker("short_lived:reward")
     worker.ready()
     try:
         call(worker)
-        module.unlink()
         assert "cannot import 'short_lived'" in call(worker).failure
     finally:
         worker.close()
@@ -235,13 +252,15 @@ def test_nothing_that_a_function_started_outlives_its_call_or_the_trainer(make_r
             "package = types.ModuleType('fastcorl.rewards'); package.__path__ = [sys.argv[4]]\n"
             "sys.modules['fastcorl.rewards'] = package  # its own takes seconds to import\n"
             "from fastcorl.rewards.users.worker import RewardWorker\n"
+            "from fastcorl.rewards.users.worker_process import read_message\n"
             "worker = RewardWorker('user_functions:hangs_with_a_child', timeout=600); worker.ready()\n"
-            "worker.start([Path(sys.argv[1]).read_bytes()], 4)\n"
+            "worker.start(read_message(open(sys.argv[1], 'rb', buffering=0)), 4)\n"
             "while not Path(sys.argv[2]).exists(): time.sleep(0.02)\n"
             "time.sleep(0.2); sys.exit() if sys.argv[3] == 'exit' else time.sleep(600)\n"
         )
         rollout = dataclasses.replace(rollout, images=None, texts=None)
-        (tmp_path / "rollout").write_bytes(b"".join(pack_rollout(rollout)))
+        with (tmp_path / "rollout").open("wb", buffering=0) as file_of_rollout:
+            write_message(file_of_rollout, pack_rollout(rollout))
         arguments = [sys.executable, "-c", script, str(tmp_path / "rollout"), str(file), how, str(PACKAGE)]
         trainer = subprocess.Popen(arguments, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
         assert wait_until(lambda: file.exists() and " " in file.read_text(), 60)

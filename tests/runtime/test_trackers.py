@@ -102,7 +102,7 @@ def test_only_the_main_rank_is_watched(tmp_path, record, wandb, trackio):
 
 @pytest.mark.parametrize("is_main", [True, False])
 def test_what_is_not_installed_is_told_on_every_rank(tmp_path, monkeypatch, is_main):
-    monkeypatch.setattr("fastcorl.runtime.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("fastcorl.plugins.find_spec", lambda name: None)
     with pytest.raises(UserError, match="^logging.trackio: trackio is not installed .*--logging.trackio false"):
         open_run(tmp_path, LoggingConfig(tensorboard=False, trackio=True), is_main)
 

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoTokenizer, BlipForConditionalGeneration, PreTrainedTokenizerBase
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from fastcorl.places import QUICKSTART
 from fastcorl.records import Prompt, Rollout
 from fastcorl.rewards.checkpoints import check_model_type, load_model, loading
 
-QUICKSTART = "quickstart"
 QUICKSTART_FOLDER = Path(__file__).resolve().parents[2] / "quickstart" / "weights" / "captioner"
 
 

@@ -3,11 +3,11 @@
 torchvision itself is not needed: its state dicts name a layer of the trunk by its place in `features`.
 """
 
-import pickle
 import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -126,7 +126,7 @@ def _read_tensors(path: str | Path, key: str, advice: str) -> dict[str, torch.Te
         if file.suffix == ".safetensors":
             return load_file(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, UnpicklingError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{key}: {path} cannot be read as weights ({reason}); {advice}") from error
     if not isinstance(tensors, dict):

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fastcorl.errors import LocalError, UserError
+from fastcorl.errors import LocalError
 from fastcorl.records import Rollout
 from fastcorl.rewards.users.pairwise import group_pairs, win_rates
-from fastcorl.rewards.users.worker import Reply, RewardWorker
+from fastcorl.rewards.users.worker import Reply, RewardWorker, Spare
 from fastcorl.rewards.users.worker_process import pack_rollout
 
 
@@ -77,16 +77,16 @@ class UserRewards:
         """Import all functions, each in its process; UserError where one cannot be. Arguments as of `RewardWorker`."""
         keys = [(name, "rewards.extra") for name in extra]
         keys += [(name, "rewards.pairwise") for name in pairwise]
-        repeated = [name for name, count in Counter(name for name, _ in keys).items() if count > 1]
-        if repeated:
-            raise UserError(f"rewards.extra and rewards.pairwise both name {repeated[0]}; give them two functions")
         self.failures = FailureLog()
         self._rollout: Rollout | None = None
         self._pairs: list[tuple[int, int]] = []
         self._workers: dict[str, RewardWorker] = {}
+        self._spare = Spare(gpu) if keys else None
         try:
             for name, key in keys:
-                self._workers[name] = RewardWorker(name, key, timeout=timeout, startup=startup, gpu=gpu)
+                self._workers[name] = RewardWorker(
+                    name, key, timeout=timeout, startup=startup, gpu=gpu, spare=self._spare
+                )
             for worker in self._workers.values():
                 worker.ready()
         except BaseException:
@@ -132,6 +132,8 @@ class UserRewards:
         """End all processes."""
         for worker in self._workers.values():
             worker.close()
+        if self._spare is not None:
+            self._spare.close()
 
     def __enter__(self) -> "UserRewards":
         return self

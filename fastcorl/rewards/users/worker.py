@@ -29,7 +29,7 @@ _LAUNCHER_VARIABLES = (
 class Reply(NamedTuple):
     values: torch.Tensor  # (count,) float32, NaN where there is no score; all NaN after a failure
     failure: str | None  # why the call failed, in one line
-    seconds: float  # from `start` to the reply, a restart included
+    seconds: float  # from `start` to the reply, what is left of a restart included
     applies: bool = True  # False where the function has nothing to say of such rollouts
 
 
@@ -41,7 +41,7 @@ class RewardWorker:
     """Calls `module:function` in a child process, one call at a time, each with a deadline.
 
     A call that raises, returns the wrong thing, passes its deadline or loses its process is a failure: its reply is
-    all NaN and says why. After a deadline or a death the process is started anew at the next call. On POSIX what the
+    all NaN and says why. After a deadline or a death the process is started anew at once. On POSIX what the
     function itself started goes with it. The process is of one thread (torch, OpenMP), knows nothing of the
     launcher's ranks, and sees no GPU unless `gpu`, and then only its rank's. Whatever it prints goes to stderr.
     """
@@ -54,19 +54,24 @@ class RewardWorker:
         timeout: float = 60.0,
         startup: float = 300.0,
         gpu: bool = False,
+        spare: "Spare | None" = None,
     ) -> None:
         """Start the process; `ready` waits for it.
 
         Args: `key` is the configuration key that errors point to; `timeout` is the deadline of a call in seconds,
-        `startup` that of starting the process and importing the function.
+        `startup` that of starting the process and importing the function; `spare` has what takes the place of a process
+        that is lost.
         """
         self.spec, self.key, self.timeout, self.startup, self.gpu = spec, key, timeout, startup, gpu
+        self._spare = spare
         self._reply: Reply | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
         self._child: _Child | None = _Child(gpu)
         self._finalizer = weakref.finalize(self, self._child.kill)
         self._import_error: str | None = None
+        self._restart: threading.Thread | None = None
+        self._restart_error: Exception = WorkerGone("not started")
         self._run(self._first_import)
 
     def ready(self) -> None:
@@ -97,10 +102,13 @@ class RewardWorker:
         """End the process: kindly where it is idle, at once where it is not."""
         self._closed = True
         child = self._child
-        if self._thread is None and child is not None:
+        if self._thread is None and self._restart is None and child is not None:
             child.end()
         self._finalizer()
         self._join()
+        if self._restart is not None:
+            self._finalizer()  # of a process that was just being started
+            self._restart.join()
         self._drop_child()
 
     def _run(self, target: Any, *arguments: Any) -> None:
@@ -136,19 +144,65 @@ class RewardWorker:
         started = time.monotonic()
         values, applies = torch.full((count,), torch.nan), True
         try:
-            if self._child is None:
-                self._child = _Child(self.gpu)
-                self._finalizer = weakref.finalize(self, self._child.kill)
-                if self._closed:  # by another thread, meanwhile
-                    raise WorkerGone("closed")
-                self._import(self._child)
-            header, parts = self._child.exchange(message, self.timeout)
+            header, parts = self._started_child().exchange(message, self.timeout)
             failure, applies = header["failure"], header["applies"]
             values = torch.from_numpy(np.frombuffer(parts[0], np.float32))
         except (WorkerGone, UserError, OSError) as error:
             failure = str(error)
             self._drop_child()
+            if not self._closed:
+                # At once, so that what it imports is imported while the step goes on.
+                self._restart = threading.Thread(target=self._start_anew, daemon=True)
+                self._restart.start()
         self._reply = Reply(values, failure, time.monotonic() - started, applies)
+
+    def _started_child(self) -> "_Child":
+        """The process, once it is started anew; raises why it could not be."""
+        if self._restart is not None:
+            self._restart.join()
+            self._restart = None
+        if self._child is None:
+            raise self._restart_error
+        return self._child
+
+    def _start_anew(self) -> None:
+        try:
+            self._child = _Child(self.gpu) if self._spare is None else self._spare.take()
+            self._finalizer = weakref.finalize(self, self._child.kill)
+            if self._closed:  # by another thread, meanwhile
+                raise WorkerGone("closed")
+            self._import(self._child)
+        except (WorkerGone, UserError, OSError) as error:
+            self._restart_error = error
+            self._drop_child()
+
+
+class Spare:
+    """A process that has imported torch, which takes seconds, and is not told its function before it is taken."""
+
+    def __init__(self, gpu: bool) -> None:
+        self.gpu = gpu
+        self._lock = threading.Lock()
+        self._put(_Child(gpu))
+
+    def take(self) -> "_Child":
+        """The process, now the caller's to end; another is started in its place."""
+        with self._lock:
+            if self._child.process.poll() is not None:
+                self._put(_Child(self.gpu))
+            child, other = self._child, _Child(self.gpu)
+            self._finalizer.detach()
+            self._put(other)
+        return child
+
+    def close(self) -> None:
+        with self._lock:
+            self._finalizer()
+            self._child.close_pipes()
+
+    def _put(self, child: "_Child") -> None:
+        self._child = child
+        self._finalizer = weakref.finalize(self, child.kill)
 
 
 class _Child:

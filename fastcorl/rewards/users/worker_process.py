@@ -9,16 +9,14 @@ A message is a list of byte strings: first JSON, then a rollout's or the reply's
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
-import pickle
 import signal
 import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
 GRACE_SECONDS = 1.0  # for the function's own clean-up, once the trainer has closed the pipe
 _MAGIC = b"FCRW"
-_MOST_PARTS = 1000
+_MOST_PARTS = 100_000
 
 
 class BadReturn(Exception):
@@ -65,18 +63,9 @@ def _read(stream: BinaryIO, size: int) -> bytearray:
     return data
 
 
-class _Pickler(pickle.Pickler):
-    def reducer_override(self, value: Any) -> Any:
-        import torch
-
-        if not isinstance(value, torch.Tensor):
-            return NotImplemented
-        value = value.detach().cpu()
-        return torch.from_numpy, ((value.float() if value.dtype == torch.bfloat16 else value).contiguous().numpy(),)
-
-
 def pack_rollout(rollout: "Rollout") -> list[Any]:
-    """A rollout as buffers, without vision features, pixels as bytes (that is to the nearest 1/255)."""
+    """A rollout as buffers, without vision features, pixels as bytes (that is to the nearest 1/255): first JSON, then
+    the content of each tensor and image."""
     import torch
 
     images, broken = rollout.images, []
@@ -84,10 +73,30 @@ def pack_rollout(rollout: "Rollout") -> list[Any]:
         broken = (~images.pixels.flatten(1).sum(dim=1, dtype=torch.float32).isfinite()).nonzero().flatten().tolist()
         images = dataclasses.replace(images, pixels=_to_bytes(images.pixels))
     slim = dataclasses.replace(rollout, images=images, vision_features=None)
-    buffers: list[pickle.PickleBuffer] = []
-    head = io.BytesIO()
-    _Pickler(head, protocol=5, buffer_callback=buffers.append).dump((slim, broken))
-    return [head.getbuffer(), *(buffer.raw() for buffer in buffers)]
+    buffers: list[Any] = []
+    head = {"rollout": _to_plain(slim, buffers), "broken": broken}
+    return [json.dumps(head).encode(), *buffers]
+
+
+def _to_plain(value: Any, buffers: list[Any]) -> Any:
+    """`value` as JSON has it; the content of tensors and images goes to `buffers`."""
+    import torch
+    from PIL import Image
+
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach().cpu()
+        tensor = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous()
+        buffers.append(tensor.flatten().numpy().view("uint8"))
+        return {"tensor": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+    if isinstance(value, Image.Image):
+        buffers.append(value.tobytes())
+        return {"image": value.mode, "size": value.size}
+    if isinstance(value, list):
+        return [_to_plain(each, buffers) for each in value]
+    if dataclasses.is_dataclass(value):
+        fields = {each.name: _to_plain(getattr(value, each.name), buffers) for each in dataclasses.fields(value)}
+        return {"record": type(value).__name__, "fields": fields}
+    return value
 
 
 def _to_bytes(pixels: "torch.Tensor") -> "torch.Tensor":
@@ -104,12 +113,34 @@ def unpack_rollout(parts: Sequence[bytearray]) -> "Rollout":
     """The rollout of `pack_rollout`, on the CPU: pixels float32 in [0, 1], NaN in rows that were not finite."""
     import torch
 
-    rollout, broken = pickle.loads(parts[0], buffers=parts[1:])
+    head, buffers = json.loads(bytes(parts[0])), iter(parts[1:])
+    rollout = _from_plain(head["rollout"], buffers)
     if rollout.images is not None:
         pixels = rollout.images.pixels.to(torch.float32).div_(255)
-        pixels[broken] = torch.nan
+        pixels[head["broken"]] = torch.nan
         rollout.images.pixels = pixels
     return rollout
+
+
+def _from_plain(value: Any, buffers: Iterator[bytearray]) -> Any:
+    """The value that `_to_plain` took apart."""
+    import torch
+    from PIL import Image
+
+    from fastcorl import records
+
+    if isinstance(value, list):
+        return [_from_plain(each, buffers) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        content, dtype = next(buffers), getattr(torch, value["tensor"])
+        flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+        return flat.view(value["shape"])
+    if "image" in value:
+        return Image.frombytes(value["image"], value["size"], bytes(next(buffers)))
+    fields = {name: _from_plain(each, buffers) for name, each in value["fields"].items()}
+    return getattr(records, value["record"])(**fields)
 
 
 def to_floats(values: Any, count: int) -> "np.ndarray":
@@ -174,7 +205,12 @@ def _call(function: Callable, file: str | None, parts: Sequence[bytearray]) -> l
 
 
 def _serve(inbox: BinaryIO, outbox: BinaryIO) -> None:
-    setup = json.loads(bytes(read_message(inbox)[0]))
+    with contextlib.suppress(ImportError):  # before the function is known, so that a spare process has it
+        import torch  # noqa: F401
+    try:
+        setup = json.loads(bytes(read_message(inbox)[0]))
+    except EOFError:  # a spare that was never needed
+        return
     sys.path[:] = setup["path"]
     from fastcorl.errors import UserError
     from fastcorl.plugins import load_object

@@ -29,7 +29,7 @@ rehearsal: install
 JOBS ?= 2
 test: export OMP_NUM_THREADS = 1
 test: install
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 test-slow: export OMP_NUM_THREADS = 1
 test-slow: install

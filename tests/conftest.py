@@ -10,6 +10,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_modifyitems(items):
+    """Whole runs first, lest one of several processes is left with a long one in the end."""
+    items.sort(key=lambda item: not {"loop", "faults"} & set(item.path.parts))
+
+
 @pytest.fixture(scope="session")
 def policy():
     from tests.helpers import make_policy

@@ -82,12 +82,17 @@ def _open_files(files: Files, place: str, split: str | None, subset: str | None,
 
 def _read_parquet(names: list[str], place: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
     datasets.disable_progress_bars()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is told in the error's line
     try:
         if streaming:
             return datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
         return datasets.Dataset.from_parquet(names)
     except Exception as error:  # pyarrow's and the library's own, without a common base
-        raise UserError(f"{place}: not a readable parquet file: {error.__cause__ or error}") from error
+        cause = str(error.__cause__ or error).rstrip(".")
+        raise UserError(f"{place}: not a readable parquet file, copy or write it again: {cause}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def _read_saved(name: str, place: str, split: str | None) -> datasets.Dataset:

@@ -114,8 +114,8 @@ MODULES = [
 ]
 
 ROWS = [
-    raw("empty.parquet", b"", "not a readable parquet file"),
-    raw("text.parquet", b"prompt,image\n", "not a readable parquet file"),
+    raw("empty.parquet", b"", "not a readable parquet file, copy or write it again"),
+    raw("text.parquet", b"prompt,image\n", "not a readable parquet file, copy or write it again"),
     raw("empty.jsonl", b"", "has no rows"),
     raw("rows.jsonl", b"red\n", "row 0: must be a mapping of columns", "not valid JSON"),
     raw("rows.json", b"{}", "must be a list of rows"),

@@ -75,7 +75,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Made for the block and removed after it, with all that still runs on them."""
     if os.geteuid() != 0:
         raise SystemExit("two hosts are network namespaces, which only root makes")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that it is removed then too
+    signal.signal(signal.SIGTERM, _leave)
     hosts = tuple(Host(f"fastcorl-{os.getpid()}-{rank}", rank) for rank in range(2))
     try:
         for host in hosts:
@@ -134,6 +134,12 @@ def ssh_servers(hosts: tuple[Host, ...], folder: Path) -> Iterator[dict[str, str
     finally:
         for server in servers:
             server.terminate()
+
+
+def _leave(*_: object) -> None:
+    """Ends the script so that what it made is removed; another signal does not interrupt that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def run(*command: str) -> None:

@@ -71,7 +71,7 @@ def test_a_hub_out_of_reach(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--from", "{tmp}/missing"], r"^--from .*missing: there is no such folder"),
+        (["--from", "{tmp}/missing"], r"^--from: there is no folder .*missing.; give a folder"),
         (["--from", "{tmp}/run"], r"^--from .*holds several checkpoints; name one of them: merge, t2i"),
         (["--from", "{tmp}/empty"], r"^--from .*config\.json: no such file"),
         (["--from", "{tmp}/gpt2"], r"^--from .*is a 'gpt2' model, not a Janus"),

@@ -41,7 +41,7 @@ def fit_text_head(
     for index in range(0, len(rows), len(rows) // num_states):
         row, answer = rows[index], answers[index]
         ids = encoder.ask(row["qa_problem"]) + answer[:-1]
-        image = Image.open(io.BytesIO(row["real_image"]["bytes"]), formats=["PNG"])
+        image = Image.open(io.BytesIO(row["real_image"]["bytes"]), formats=["JPEG"])
         pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
         hidden = janus.model(input_ids=torch.tensor([ids]), pixel_values=pixels, use_cache=False).last_hidden_state[0]
         states.append(hidden[-len(answer) :])

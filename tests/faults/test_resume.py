@@ -71,6 +71,7 @@ def test_resume_without_a_checkpoint_in_the_open_stage_keeps_finished_stages(fin
     check_same(finished, copy)
 
 
+@pytest.mark.slow
 def test_resume_from_a_named_checkpoint_trains_from_there_again(finished, tmp_path):
     copy = tmp_path / "quickstart"
     shutil.copytree(finished, copy)

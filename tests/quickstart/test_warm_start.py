@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from fastcorl.model import load_policy
@@ -25,6 +26,7 @@ def sample_once(model):
     return RolloutEngine(policy).generate([prompt], 2, SamplingParams(max_new_tokens=8))
 
 
+@pytest.mark.slow
 def test_shortened_command_makes_loadable_weights(tmp_path):
     command = [sys.executable, "-m", "fastcorl.quickstart.warm_start", "--output", str(tmp_path), "--scale", "0.001"]
     environment = {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}", "OMP_NUM_THREADS": "1", "PATH": ""}

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 def pytest_collection_modifyitems(items):
     """Whole runs first, lest one of several processes is left with a long one in the end."""
-    items.sort(key=lambda item: not {"loop", "faults"} & set(item.path.parts))
+    items.sort(key=lambda item: not {"loop", "faults", "test_docs_pages.py"} & set(item.path.parts))
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,8 @@ class Run:
         self.start_policy = self._load("model")
         self.models = RewardModels(config.rewards, ranks.device, draws=uses(self.stages.values()).draws)
         self.data = RunData(config, self.stages, self.start_policy, self.models.caption_problem, ranks)
-        check_alike({"the sum of the model's weights": checksum(self.start_policy)} | self.data.sizes(), ranks)
+        if ranks.world_size > 1:  # one has nobody to differ from, and the sum takes time
+            check_alike({"the sum of the model's weights": checksum(self.start_policy)} | self.data.sizes(), ranks)
         check_shared(Path(config.output_dir), ranks)
         self.folder = RunFolder(config)
         facts = engine_facts(config, ranks, launched=launched)

@@ -45,6 +45,12 @@ def model_folder(name: str, key: str) -> Path | None:
     return None
 
 
+def check_new_folder(path: Path, place: str) -> None:
+    """Raise UserError, which `place` begins, where `path` is not the name of a new folder, or of an empty one."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{place}: exists and is not an empty folder; name a new one")
+
+
 def check_janus(name: str, key: str) -> None:
     """Raise UserError where `name` is a folder without a Janus in the transformers format. Of its weights the files'
     headers are read."""

@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastcorl.commands.shared import new_folder_name
 from fastcorl.errors import UserError
-from fastcorl.places import model_folder
+from fastcorl.places import check_new_folder, model_folder
 
 
 @dataclass
@@ -30,7 +29,7 @@ class Export:
     processor files are copied."""
 
     def run(self) -> None:
-        new_folder_name("--out", self.out)
+        check_new_folder(self.out, f"--out {self.out}")
         if (self.to == "multi_modality") != (self.like is not None):
             raise UserError("--to multi_modality needs --like, the original checkpoint; nothing else takes it")
         model_folder(self.source, "--from")

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastcorl.commands.shared import new_folder_name
 from fastcorl.errors import UserError
-from fastcorl.places import check_janus
+from fastcorl.places import check_janus, check_new_folder
 
 
 @dataclass
@@ -33,7 +32,7 @@ class Merge:
             raise UserError(f"--density is for --method ties, not {self.method}")
         if self.density is not None and not 0 < self.density <= 1:
             raise UserError(f"--density {self.density}: must be over 0 and at most 1")
-        new_folder_name("--out", self.out)
+        check_new_folder(self.out, f"--out {self.out}")
         check_janus(self.base, "--base")
         for name in self.models:
             check_janus(name, "--models")

@@ -11,8 +11,8 @@ import tyro
 
 from fastcorl.errors import UserError
 from fastcorl.places import check_janus
+from fastcorl.runtime.card_parts import CARD
 
-CARD = "README.md"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 FILES = (

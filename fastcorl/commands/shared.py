@@ -36,12 +36,6 @@ def writable_folder(flag: str, path: Path) -> Path:
     return path
 
 
-def new_folder_name(flag: str, path: Path) -> None:
-    """Raise UserError where `path` is not the name of a new folder, or of an empty one."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{flag} {path}: exists and is not an empty folder; name a new one")
-
-
 def check_counts(command, *names: str) -> None:
     """Raise UserError for a flag whose number is below 1."""
     for name in names:

@@ -58,7 +58,7 @@ def load_policy(
     packed_backend(attention, dtype, config.text_config.head_dim, torch.device(device))
     try:
         processor = AutoProcessor.from_pretrained(name)
-        with _quiet():
+        with quiet_transformers():
             janus, report = JanusForConditionalGeneration.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         raise UserError(f"model.path: cannot load {str(path)!r}: {_first_line(error)}; {_WHOLE}") from error
@@ -135,8 +135,8 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' table of what is missing in a checkpoint, which is told in a line."""
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' table of what a checkpoint lacks, and what of it no model has a use for."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

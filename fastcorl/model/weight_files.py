@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fastcorl.errors import UserError
+from fastcorl.places import check_new_folder
 
 FILE_BYTES = 2 << 30
 """Most bytes of tensors in one file that is written; about twice as much memory is used."""
@@ -110,8 +111,7 @@ def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torc
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write into that becomes `out` when the block ends without an error, and goes away otherwise."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; name a new one")
+    check_new_folder(out, str(out))
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)

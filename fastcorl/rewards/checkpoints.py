@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig
-from transformers.utils import logging
 
 from fastcorl.errors import UserError
+from fastcorl.model.loading import quiet_transformers
 from fastcorl.places import model_folder
 
 
@@ -22,10 +22,9 @@ def loading(key: str, path: str | Path) -> Iterator[str]:
     Transformers' report of weights that a model has no use for is not shown.
     """
     folder = model_folder(str(path), key)
-    verbosity = logging.get_verbosity()
     try:
-        logging.set_verbosity_error()
-        yield str(folder or path)
+        with quiet_transformers():
+            yield str(folder or path)
     except (
         OSError,
         ValueError,
@@ -38,8 +37,6 @@ def loading(key: str, path: str | Path) -> Iterator[str]:
     ) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{key}: cannot load {str(path)!r}, as a folder or from the hub: {reason}") from error
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def check_model_type(name: str, model_type: str) -> None:

@@ -9,11 +9,10 @@ import platform
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 import yaml
 from huggingface_hub import ModelCardData
 
@@ -171,9 +170,9 @@ def use(*, guidance: float = 5.0, tokens: int = 512, question: str = "a question
 
 def about() -> str:
     """Versions, licence, citation."""
-    packages = [("fastcorl", __version__), ("torch", torch.__version__), ("transformers", transformers.__version__)]
-    versions = [("Python", platform.python_version()), *packages]
-    return _ABOUT.format(versions=", ".join(f"{name} {version}" for name, version in versions))
+    versions = {"Python": platform.python_version(), "fastcorl": __version__}
+    versions |= {name: version(name) for name in ("torch", "transformers")}
+    return _ABOUT.format(versions=", ".join(f"{name} {number}" for name, number in versions.items()))
 
 
 def _names(stated: Any) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from fastcorl.data import MapPrompts, Quarantine, StreamPrompts, check_rows, load_rows, open_stream
 from tests.data.bad_rows import ANYWHERE, JSONL_ONLY, lengths, make_folder
 from tests.data.examples import numbered, row, write_jsonl, write_parquet
-from tests.loop.launching import REPOSITORY, environment, read_metrics
+from tests.loop.launching import REPOSITORY, SMALL_RUN, environment, read_metrics
 
 KINDS = ANYWHERE | JSONL_ONLY
 GOOD = 8
@@ -27,14 +27,10 @@ STEPS = 3
 CAPTION = "a red three at top left"
 LIMIT = 256
 SMALL = f"""
-name: run
-threads: 1
+extends: {SMALL_RUN}
 output_dir: .
 data: {{max_prompt_tokens: {LIMIT}, max_bad_fraction: 1, shuffle_buffer: 16}}
-rollout: {{guidance: 1, max_new_tokens: 8}}
-algorithm: {{group_size: 2}}
-evaluation: {{num_prompts: 2, scorer: null}}
-logging: {{tensorboard: false, samples_every: 0}}
+rollout: {{max_new_tokens: 8}}
 checkpoint: {{every: 0}}
 stages:
   unified: {{task: unified, steps: {STEPS}, prompts_per_step: 2}}

@@ -18,22 +18,17 @@ from typing import NamedTuple
 import fastcorl.pipeline  # noqa: F401, once for all runs
 from fastcorl import train
 from tests.faults import faulty_rewards
-from tests.loop.launching import read_metrics
+from tests.loop.launching import SMALL_RUN, read_metrics
 
 DEADLINE = 2.0
 STEPS, STEPS_OF_LONG_RUN = 3, 8
-SMALL = """
-name: run
-threads: 1
+SMALL = f"""
+extends: {SMALL_RUN}
 output_dir: .
-data: {max_prompt_tokens: 256, check_rows: used}
-rollout: {guidance: 1, max_new_tokens: 16}
-algorithm: {group_size: 2}
-evaluation: {num_prompts: 2, scorer: null}
-logging: {tensorboard: false, samples_every: 0}
-checkpoint: {every: 0}
+data: {{check_rows: used}}
+checkpoint: {{every: 0}}
 stages:
-  unified: {task: unified, steps: 3, prompts_per_step: 2}
+  unified: {{task: unified, steps: 3, prompts_per_step: 2}}
 """
 # What a call that fails says. Values that are not finite, or None, are no failure: their rows are not scored.
 REASONS = {

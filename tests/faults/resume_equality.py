@@ -20,22 +20,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.faults.run_states import Comparison, compare_runs, read_steps
-from tests.loop.launching import REPOSITORY, environment
+from tests.loop.launching import REPOSITORY, SMALL_RUN, environment
 
-SMALL = """
-name: run
-threads: 1
-data: {max_prompt_tokens: 256, check_rows: used}
-rollout: {guidance: 1, max_new_tokens: 16}
-algorithm: {group_size: 2}
-optimizer: {warmup_steps: 3, schedule: cosine, learning_rate: 1e-3}
-packing: {tokens: 600}
-evaluation: {num_prompts: 4, every: 2}
-logging: {tensorboard: false, samples_every: 0}
-checkpoint: {every: 2, keep: 9}
+SMALL = f"""
+extends: {SMALL_RUN}
+data: {{check_rows: used}}
+optimizer: {{warmup_steps: 3, schedule: cosine, learning_rate: 1e-3}}
+packing: {{tokens: 600}}
+evaluation: {{num_prompts: 4, every: 2, scorer: fastcorl.quickstart.scorer:Scorer}}
+checkpoint: {{every: 2}}
 stages:
-  unified: {task: unified, steps: 5, prompts_per_step: 4}
-  t2i: {task: t2i, init: unified, steps: 4, prompts_per_step: 4, beta: 0.1}
+  unified: {{task: unified, steps: 5, prompts_per_step: 4}}
+  t2i: {{task: t2i, init: unified, steps: 4, prompts_per_step: 4, beta: 0.1}}
 """
 # Inside a stage; after its last step's export and before its scores; inside the second stage. See `recorded_run`.
 DEATHS = ("train unified 4", "evaluation unified 5", "rollout t2i 4")

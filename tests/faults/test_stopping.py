@@ -15,20 +15,13 @@ from fastcorl.experience import Collector
 from fastcorl.pipeline import train
 from fastcorl.rollout import RolloutEngine
 from fastcorl.runtime.checkpoints import problem_of
-from tests.loop.launching import read_metrics
+from tests.loop.launching import SMALL_RUN, read_metrics
 
-SMALL = """
-name: run
-threads: 1
-data: {max_prompt_tokens: 256}
-rollout: {guidance: 1, max_new_tokens: 16}
-algorithm: {group_size: 2}
-optimizer: {warmup_steps: 0, learning_rate: 1e-3}
-evaluation: {num_prompts: 2, scorer: null}
-logging: {tensorboard: false, samples_every: 0}
-checkpoint: {every: 1, keep: 9}
+SMALL = f"""
+extends: {SMALL_RUN}
+optimizer: {{warmup_steps: 0, learning_rate: 1e-3}}
 stages:
-  unified: {task: unified, steps: 4, prompts_per_step: 2}
+  unified: {{task: unified, steps: 4, prompts_per_step: 2}}
 """
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+SMALL_RUN = REPOSITORY / "tests" / "small_run.yaml"
 
 
 def environment() -> dict[str, str]:

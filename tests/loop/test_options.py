@@ -13,19 +13,15 @@ from fastcorl.model import load_policy
 from fastcorl.model.loading import QUICKSTART_WEIGHTS
 from fastcorl.pipeline import train
 from fastcorl.runtime.distributed import Distributed
-from tests.loop.launching import read_metrics
+from tests.loop.launching import SMALL_RUN, read_metrics
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
-BASE = """
-name: run
-threads: 1
-data: {max_prompt_tokens: 256}
-rollout: {guidance: 1, max_new_tokens: 24}
-algorithm: {group_size: 4}
-optimizer: {warmup_steps: 0, learning_rate: 1e-3}
-evaluation: {num_prompts: 2, scorer: null}
-logging: {tensorboard: false, samples_every: 0}
-checkpoint: {every: 0}
+BASE = f"""
+extends: {SMALL_RUN}
+rollout: {{max_new_tokens: 24}}
+algorithm: {{group_size: 4}}
+optimizer: {{warmup_steps: 0, learning_rate: 1e-3}}
+checkpoint: {{every: 0}}
 """
 UNIFIED = "stages:\n  unified: {task: unified, steps: 2, prompts_per_step: 2}\n"
 

@@ -22,20 +22,14 @@ from pathlib import Path
 import torch
 
 from tests.loop.hosts import Host, deepspeed, ssh_servers, torchrun, two_hosts
-from tests.loop.launching import read_metrics
+from tests.loop.launching import SMALL_RUN, read_metrics
 
-SETTINGS = """
-name: run
-data: {max_prompt_tokens: 256}
-rollout: {guidance: 1, max_new_tokens: 16}
-algorithm: {group_size: 2}
-optimizer: {warmup_steps: 2, schedule: cosine, learning_rate: 1e-3}
-evaluation: {num_prompts: 2, scorer: null}
-logging: {tensorboard: false, samples_every: 0}
-checkpoint: {every: 1, keep: 9}
+SETTINGS = f"""
+extends: {SMALL_RUN}
+optimizer: {{warmup_steps: 2, schedule: cosine, learning_rate: 1e-3}}
 stages:
-  unified: {task: unified, steps: 4, prompts_per_step: 4}
-  t2i: {task: t2i, init: unified, steps: 2, prompts_per_step: 4, beta: 0.02}
+  unified: {{task: unified, steps: 4, prompts_per_step: 4}}
+  t2i: {{task: t2i, init: unified, steps: 2, prompts_per_step: 4, beta: 0.02}}
 """
 TIMES = ("seconds", "step_seconds", "memory_gib")
 END = 150  # seconds in which a host ends after the other is gone
@@ -107,7 +101,7 @@ class Trials:
     def different(self) -> None:
         """The second host has another configuration."""
         other = self.folder / "other.yaml"
-        other.write_text(SETTINGS.replace("group_size: 2", "group_size: 4"))
+        other.write_text(SETTINGS + "algorithm: {group_size: 4}\n")
         codes = self._ended(self._start("torchrun", "different", 1, files=[self.file, other]))
         told = [line for line in self._log("different", 0).splitlines() if line.startswith("fastcorl:")]
         good = 0 not in codes and len(told) == 1 and "algorithm.group_size is 2" in told[0]

@@ -14,6 +14,7 @@ from fastcorl.pipeline import Run, train
 from fastcorl.runtime.card_parts import CARD
 from fastcorl.runtime.model_card import conversion_card, merge_card, stage_card
 from fastcorl.tasks import expand
+from tests.loop.launching import SMALL_RUN
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "presets" and file.stem != "base")
@@ -179,17 +180,11 @@ def test_a_conversion_keeps_a_card_of_ours_and_no_other(tmp_path):
     assert str(tmp_path) not in kept
 
 
-SMALL = """
-name: run
-threads: 1
-data: {max_prompt_tokens: 256, check_rows: used}
-rollout: {guidance: 1, max_new_tokens: 16}
-algorithm: {group_size: 2}
-evaluation: {num_prompts: 2, scorer: null}
-logging: {tensorboard: false, samples_every: 0}
-checkpoint: {every: 1, keep: 9}
+SMALL = f"""
+extends: {SMALL_RUN}
+data: {{check_rows: used}}
 stages:
-  oe: {task: oe, steps: 2, prompts_per_step: 2}
+  oe: {{task: oe, steps: 2, prompts_per_step: 2}}
 """
 
 

@@ -103,7 +103,7 @@ class AlgorithmConfig(Section):
     eps_low: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Clip range below 1; null is the paper's unclipped objective."""
     eps_high: Positive | None = None
-    """Clip range above 1."""
+    """Clip range above 1, given together with eps_low; cispo and delta need both."""
     delta: Positive | None = None
     """Upper bound of the unclipped ratio (two-sided clipping)."""
     beta: NonNegative = 0.0
@@ -123,7 +123,7 @@ class AlgorithmConfig(Section):
     """Rounds in which groups of equal rewards are replaced by other prompts' (DAPO, arXiv 2503.14476)."""
     token_budget: PositiveInt | None = None
     """Answer tokens that each step trains on, over all ranks: answers are taken at random until it is full, and the
-    loss is divided by it (C3PO, arXiv 2506.14731)."""
+    loss is divided by it (C3PO, arXiv 2506.14731). Needs loss_type dapo, bnpo or cispo."""
     external: bool = False
     """Each group gets one member from the data, the real image and the solution (RL-PLUS, arXiv 2508.00222)."""
     external_gamma: NonNegative = 1.0
@@ -244,8 +244,8 @@ class CheckpointConfig(Section):
     keep: PositiveInt = 2
     """Newest checkpoints kept per run."""
     on_failure: Literal["continue", "stop"] = "continue"
-    """What follows a checkpoint that could not be written, for a full disk: older ones are as they were, and the run
-    tells so in a line and tries again at the next, or ends."""
+    """What to do when a checkpoint cannot be written, as on a full disk. Older ones stay as they were; continue says
+    so in a line and tries again at the next, stop ends the run."""
 
 
 class CompatConfig(Section):
@@ -311,7 +311,7 @@ class Config(Section):
     output_dir: str = "runs"
     """Folder of all runs; of several machines, one that all of them see."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """What prompts are drawn and tokens are sampled with."""
+    """What prompts are chosen and tokens are sampled with."""
     resume: str | None = None
     """"auto" continues from the newest checkpoint of this run, a folder from that checkpoint."""
     threads: Annotated[int, Field(ge=0)] = 0

@@ -44,7 +44,7 @@ class DataConfig(Section):
     subset: str | None = None
     """Subset (configuration) of a data set of the hub; null is its default one."""
     split: str = "train"
-    """Split of a data set of the hub."""
+    """Split of a data set of the hub, of a saved one, or of a folder of files."""
     revision: str | None = None
     """Commit or tag of a data set of the hub."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -54,7 +54,7 @@ class DataConfig(Section):
     streaming: bool = False
     """Read training rows as they are needed instead of before the run."""
     shuffle_buffer: PositiveInt = 1000
-    """Rows that streaming draws the next one from."""
+    """Rows in the buffer from which streaming picks the next one at random."""
     check_rows: Literal["all", "used"] = "all"
     """Look at every row before the run, or at each when it is taken, as streaming always does."""
     max_bad_fraction: Fraction = 0.01

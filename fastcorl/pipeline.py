@@ -28,6 +28,7 @@ from fastcorl.parts import (
 from fastcorl.records import StepRecord
 from fastcorl.resuming import Resumption, engine_facts
 from fastcorl.rewards import RewardModels
+from fastcorl.rewards.users.worker import STARTUP_SECONDS
 from fastcorl.run_data import RunData
 from fastcorl.runtime import distributed
 from fastcorl.runtime.card_parts import CARD
@@ -41,7 +42,7 @@ from fastcorl.runtime.report import draw_report, print_scores, read_run, score_t
 from fastcorl.runtime.report_page import write_page
 from fastcorl.runtime.run_folder import RunFolder
 from fastcorl.runtime.samples import save_samples
-from fastcorl.runtime.telemetry import Telemetry
+from fastcorl.runtime.telemetry import Telemetry, read_records
 from fastcorl.runtime.termination import EXIT_CODE, Interrupted, Termination
 from fastcorl.tasks import expand, uses
 from fastcorl.trainer import Trainer
@@ -56,10 +57,9 @@ def train(config: Config) -> None:
     launched = "WORLD_SIZE" in os.environ
     engine = engine_name(config.deepspeed, launched=launched)
     ranks = distributed.start(threads=config.threads, process_group=engine == "deepspeed")
-    try:
-        Run(config, ranks, launched=launched).train()
-    finally:
-        distributed.stop()
+    Run(config, ranks, launched=launched).train()
+    # Not after an error of this rank alone: over NCCL it waits for the others, which wait for this one in a collective.
+    distributed.stop()
 
 
 class Run:
@@ -98,12 +98,12 @@ class Run:
                     self._report()
         finally:
             self.models.close()
+            self.folder.release()
 
     def _run_stages(self) -> None:
-        finished = self.resumption.finished_stages()
         for name in self.stages:
             self._choose_order(name)
-            if name in finished:
+            if name in self.resumption.finished:
                 if not any(entry["stage"] == name for entry in self.scores):
                     self._evaluate(name, self._load(name))
                 continue
@@ -133,52 +133,80 @@ class Run:
 
     def _train_stage(self, name: str, stage: StageConfig) -> Policy:
         trainer = self._trainer(name, stage)
-        first = 1
+        done = 0
         checkpoint = self.resumption.checkpoint
         if checkpoint and checkpoint.position.stage == name:
             trainer.engine.load(checkpoint.folder)
-            first = checkpoint.position.step + 1
-            self.telemetry.note(f"{name}: resumed at step {first} from {checkpoint.folder}")
+            done = checkpoint.position.step
+            self.telemetry.note(f"{name}: resumed at step {done + 1} from {checkpoint.folder}")
         with self.termination.deferred():
-            self._train_steps(trainer, first)
+            if done and self._is_probed(stage, done):
+                self._make_up_scores(trainer)
+            self._train_steps(trainer, done + 1)
         trained = trainer.engine.full_policy()
         trainer.close()
         return trained
 
     def _train_steps(self, trainer: Trainer, first: int) -> None:
-        name, stage, every = trainer.name, trainer.stage, self.config.evaluation.every
-        # A user's reward may keep a rank for its timeout; the first step, in which ranks compile, has no such limit.
+        name, stage = trainer.name, trainer.stage
+        # A user's reward may keep a rank for its deadline and the start of the process that takes its place, each round
+        # of sampling anew. The first step, in which ranks compile, has no limit of its own.
         least = distributed.SHORT_WAIT
         if self.config.rewards.extra or self.config.rewards.pairwise:
-            least += self.config.rewards.timeout
+            rounds = 1 + self.config.algorithm.dynamic_sampling
+            least += rounds * (self.config.rewards.timeout + STARTUP_SECONDS)
         wait = None
         for step in range(first, stage.steps + 1):
-            probing = bool(every) and step % every == 0
-            cosine = probing and self.config.evaluation.gradient_cosine
+            cosine = self._is_probed(stage, step, last=True) and self.config.evaluation.gradient_cosine
             try:
                 with self.ranks.waiting(wait):
                     record, rollout, scores = trainer.train_step(step, probe=cosine, stop=self.termination.asked)
             except Interrupted:
                 self._leave(trainer, step - 1)
             wait = max(wait or least, record.step_seconds)
-            if probing and step < stage.steps:
-                record.scores = self._evaluate(f"{name} {step}", trainer.engine.full_policy())
             self.telemetry.write(record)
             for reward, failure in scores.failures.items():
                 self.telemetry.note(f"{name} step {step}: reward {reward} failed, its rows are not scored: {failure}")
-            self._check_applied(trainer, record)
+            try:
+                self._check_applied(trainer, record)
+            except UserError:
+                # Weights are still those of the last good step, unless an earlier update of this one has changed them.
+                good = step - trainer.refused
+                if good and self.config.checkpoint.every and self.config.algorithm.num_iterations == 1:
+                    self._save_checkpoint(trainer, good)
+                raise
             self._save_samples(name, step, rollout, scores)
             if self.config.checkpoint.every and step % self.config.checkpoint.every == 0:
                 self._save_checkpoint(trainer, step)
             if self.termination.asked():
                 self._leave(trainer, step)
+            if self._is_probed(stage, step):  # after the checkpoint, lest a failure of it costs these steps
+                self._add_scores(trainer, record)
+
+    def _is_probed(self, stage: StageConfig, step: int, *, last: bool = False) -> bool:
+        """Whether held-out scores are taken after `step`; after the last one the stage's own are."""
+        every = self.config.evaluation.every
+        return bool(every) and step % every == 0 and (last or step < stage.steps)
+
+    def _add_scores(self, trainer: Trainer, record: StepRecord) -> None:
+        record.scores = self._evaluate(f"{record.stage} {record.step}", trainer.engine.full_policy())
+        self.telemetry.add_scores(record)
+
+    def _make_up_scores(self, trainer: Trainer) -> None:
+        """Those of the step that the run goes on from, where it was ended before they were kept."""
+        records = read_records(self.folder.path) if self.ranks.is_main else []
+        last = self.ranks.gather(records[-1] if records else None)[0]
+        if last and last.stage == trainer.name and not last.scores:
+            self._add_scores(trainer, last)
 
     def _check_applied(self, trainer: Trainer, record: StepRecord) -> None:
         """Tell of an update that was not made, and end the run where it is one too many."""
         if not trainer.refused:
             return
+        several = self.config.algorithm.num_iterations > 1
+        left = "an update was not applied" if several else "not applied, weights are as before"
         told = (
-            f"{record.stage} step {record.step}: not applied, weights are as before: the loss is "
+            f"{record.stage} step {record.step}: {left}: the loss is "
             f"{record.metrics['loss']:g}, the gradient norm {record.metrics['grad_norm']:g}"
         )
         if self.config.optimizer.on_nonfinite == "stop":
@@ -259,12 +287,13 @@ class Run:
         params = sampling_params(config, guidance=config.evaluation.guidance)
         prompts = self.data.held_out_prompts()
         scores = evaluate(rollout_engine(config, policy), prompts, params, self.scorer, ranks=self.ranks)
-        kept = [*(entry for entry in self.scores if entry["stage"] != label), {"stage": label, "scores": scores}]
+        self.scores = [*(entry for entry in self.scores if entry["stage"] != label), {"stage": label, "scores": scores}]
         export = self.folder.export(label)
-        if self.ranks.is_main and export.exists():
-            # First, as a resumed run evaluates a stage again only if it is not in scores.json.
-            self._write_card(label, export, kept, len(prompts))
-        self._keep_scores(kept)
+        with self.telemetry.unless_full("scores"):
+            if self.ranks.is_main and export.exists():
+                # First, as a resumed run evaluates a stage again only if it is not in scores.json.
+                self._write_card(label, export, self.scores, len(prompts))
+            self._keep_scores(self.scores)
         if self.ranks.is_main:
             shown = "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
             self.telemetry.note(f"held-out scores, {label}: {shown}  (%, {len(prompts)} prompts)")
@@ -284,9 +313,10 @@ class Run:
         if self.ranks.is_main and every and (step % every == 0 or step == 1):
             global_step = self.telemetry.global_step(name, step)
             stem = self.folder.path / "samples" / f"{global_step:05d}-{name}-{step}"
-            stem.parent.mkdir(exist_ok=True)
-            grid = save_samples(stem, rollout, scores, self.config.logging.num_samples)
-            self.telemetry.image(f"samples/{name}", grid, global_step)
+            with self.telemetry.unless_full("samples"):
+                stem.parent.mkdir(exist_ok=True)
+                grid = save_samples(stem, rollout, scores, self.config.logging.num_samples)
+                self.telemetry.image(f"samples/{name}", grid, global_step)
 
     def _save_checkpoint(self, trainer: Trainer, step: int) -> None:
         position = Position(
@@ -336,12 +366,18 @@ class Run:
     def _open_folder(self) -> None:
         """Prepare the run's folder; when resuming, drop what was logged after the checkpoint."""
         resume = self.config.resume is not None
+        note = taken = None
         if self.ranks.is_main:
-            note = self.folder.prepare(self.config, resume=resume)
-            if note:
-                self.telemetry.note(note)
-            if resume:
-                self.resumption.go_back(self.telemetry)
+            try:
+                note = self.folder.prepare(self.config, resume=resume)
+            except UserError as error:
+                taken = str(error)
+        if taken := self.ranks.gather(taken)[0]:
+            raise UserError(taken)
+        if note:
+            self.telemetry.note(note)
+        if self.ranks.is_main and resume:
+            self.resumption.go_back(self.telemetry)
         self.ranks.barrier()
         if self.ranks.is_main:
             self.data.write_bad_rows(self.folder.path / BAD_ROWS)

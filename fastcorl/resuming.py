@@ -1,5 +1,6 @@
 """Where a run goes on, under `resume`: from which checkpoint, after which finished stages, and what it forgets."""
 
+from dataclasses import replace
 from typing import Any
 
 from fastcorl.config import Config, StageConfig
@@ -24,8 +25,8 @@ def engine_facts(config: Config, ranks: Distributed, *, launched: bool) -> dict[
 
 
 class Resumption:
-    """`checkpoint` is what the run goes on from, if anything; `facts` are its own `engine_facts`. The first rank reads
-    checkpoints, for all; raises UserError on every rank."""
+    """`checkpoint` is what the run goes on from, if anything; `finished` are the stages that it does not train again,
+    `facts` its own `engine_facts`. The first rank reads the folder, for all; raises UserError on every rank."""
 
     def __init__(
         self,
@@ -36,40 +37,29 @@ class Resumption:
         facts: dict[str, Any],
     ):
         self.resume, self.stages, self.folder, self.facts = config.resume, stages, folder, facts
-        found: tuple[Found | None, list[str]] | UserError = (None, [])
+        found: tuple[Found | None, list[str], list[str]] | UserError = (None, [], [])
         if ranks.is_main:
             try:
-                found = folder.checkpoints.find(self.resume)
-                if found[0]:
-                    self._check_fits(found[0])
+                found = self._find()
             except UserError as error:
                 found = error
         found = ranks.gather(found)[0]
         if isinstance(found, UserError):
             raise found
-        self.checkpoint, self._bad = found
-
-    def finished_stages(self) -> list[str]:
-        """The stages that the run does not train again: those before the one it goes back to."""
-        if self.resume is None:
-            return []
-        order = list(self.stages)
-        if self.resume != "auto":
-            return order[: order.index(self.checkpoint.position.stage)]
-        exported = [self.folder.export(name).exists() for name in order]
-        return order[: exported.index(False) if False in exported else len(order)]
+        self.checkpoint, self._bad, self.finished = found
+        if self.checkpoint and self.resume == "auto":  # the folder may have another name on each host
+            here = folder.checkpoints.folder / self.checkpoint.folder.name
+            self.checkpoint = replace(self.checkpoint, folder=here)
 
     def go_back(self, telemetry: Telemetry) -> None:
-        """Forget what was logged after the point the run continues from. For the first rank."""
-        order, finished = list(self.stages), self.finished_stages()
-        remaining = order[len(finished) :]
+        """Forget what was logged, saved and exported after the point the run continues from. For the first rank."""
+        order = list(self.stages)
         stage, step = order[0], 0
-        if finished:
-            stage, step = finished[-1], self.stages[finished[-1]].steps
-        if self.checkpoint and self.checkpoint.position.stage in remaining[:1]:
-            position = self.checkpoint.position
-            stage, step = position.stage, position.step
-            self.folder.abandon_after(position.global_step, remaining)
+        if self.finished:
+            stage, step = self.finished[-1], self.stages[self.finished[-1]].steps
+        if self.checkpoint:
+            stage, step = self.checkpoint.position.stage, self.checkpoint.position.step
+        self.folder.abandon_after(telemetry.global_step(stage, step), order[len(self.finished) :])
         telemetry.truncate_after(order, stage, step)
 
     def notes(self) -> list[str]:
@@ -79,7 +69,7 @@ class Resumption:
         if self.checkpoint and self.checkpoint.config_hash != checkpoints.config_hash:
             lines.append(f"the configuration is not the one that {self.checkpoint.folder} was written under")
         done = {record.stage: record.step for record in read_records(self.folder.path)}
-        for name in self.finished_stages():
+        for name in self.finished:
             if done.get(name, self.stages[name].steps) < self.stages[name].steps:
                 lines.append(
                     f"{name}: is finished after {done[name]} steps and is not trained on to {self.stages[name].steps}; "
@@ -87,12 +77,27 @@ class Resumption:
                 )
         return lines
 
+    def _find(self) -> tuple[Found | None, list[str], list[str]]:
+        """The checkpoint, a line on each bad one, and the finished stages: those before the one that it is of."""
+        checkpoint, lines = self.folder.checkpoints.find(self.resume)
+        order = list(self.stages)
+        if checkpoint and checkpoint.position.stage not in order:
+            folder, stage = checkpoint.folder, checkpoint.position.stage
+            raise UserError(f"resume: {folder} is of stage {stage!r}, which this configuration does not have")
+        if self.resume is None:
+            return None, [], []
+        if self.resume != "auto":
+            self._check_fits(checkpoint)
+            return checkpoint, lines, order[: order.index(checkpoint.position.stage)]
+        exported = [self.folder.export(name).exists() for name in order]
+        finished = order[: exported.index(False) if False in exported else len(order)]
+        if checkpoint and checkpoint.position.stage in order[len(finished) :][:1]:
+            self._check_fits(checkpoint)
+            return checkpoint, lines, finished
+        return None, lines, finished  # the run goes on from the last export
+
     def _check_fits(self, checkpoint: Found) -> None:
         folder, position = checkpoint.folder, checkpoint.position
-        if position.stage not in self.stages:
-            raise UserError(f"resume: {folder} is of stage {position.stage!r}, which this configuration does not have")
-        if self.resume == "auto" and position.stage in self.finished_stages():
-            return  # the run goes on from that stage's export
         others = {name: getattr(position, name) for name, here in self.facts.items() if getattr(position, name) != here}
         if others:
             there = ", ".join(f"{name} {value}" for name, value in others.items())

@@ -41,7 +41,7 @@ class Doctor:
     """Renames, in pairs: our column (prompt, real_image, qa_problem, qa_solution, qa_type, pair_similarity) and the
     data set's."""
     split: str = "train"
-    """Split of a data set of the hub, of a saved one, or of a folder of images."""
+    """Split of a data set of the hub, of a saved one, or of a folder of files."""
     revision: str | None = None
     """Commit or tag of a data set of the hub."""
     subset: str | None = None

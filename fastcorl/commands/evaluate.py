@@ -33,7 +33,7 @@ class Evaluate:
     subset: str | None = None
     """Subset (configuration) of a data set of the hub."""
     split: str = "train"
-    """Split of a data set of the hub, or of a folder of files."""
+    """Split of a data set of the hub, of a saved one, or of a folder of files."""
     revision: str | None = None
     """Commit or tag of a data set of the hub."""
     streaming: bool = False
@@ -45,12 +45,15 @@ class Evaluate:
     scorer: str | None = "auto"
     """Judge of drawings, `module:class`; None scores answers only, and so does auto but on the quickstart's rows."""
     num_prompts: int = 256
+    """Held-out rows to score."""
     seed: str = "evaluation"
     """What the samples are drawn with; a run's own evaluations use "evaluation"."""
     temperature: float = 1.0
     """0 is greedy."""
     guidance: float = 1.0
+    """Classifier-free guidance of drawings: 1 as the quickstart trains; Janus-Pro is published with 5."""
     max_new_tokens: int = 56
+    """Longest answer in tokens: for Janus-Pro give 512, or its answers are cut off and count as wrong."""
     out: Path | None = None
     """Also write the scores to this .json file, and as a Markdown table beside it."""
     device: str = "auto"

@@ -40,9 +40,9 @@ class Push:
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder of an export, as runs/quickstart/export/merge, or of a run, as runs/quickstart, with --stage."""
     repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")]
-    """Of the hub. It is made if it is not there; its card and weights are replaced."""
+    """Repository of the hub, created if it is missing; its card and weights are replaced."""
     stage: str | None = None
-    """Which stage of a run; a run with one needs no name."""
+    """Stage to push where FOLDER is a run; not needed where the run has one."""
     private: bool = False
     """Make the repository a private one."""
     revision: str | None = None

@@ -25,6 +25,7 @@ class Quarantine:
         self.bad: dict[str, BadRow] = {}
         self._left_out: set[str] = set()
         self._seen: set[str] = set()
+        self._looked_at = 0
         self._path: Path | None = None
         self._written: set[tuple[str, str]] = set()
 
@@ -36,6 +37,7 @@ class Quarantine:
 
     def record(self, bad: Iterable[BadRow], looked_at: int) -> None:
         """Take the bad ones of `looked_at` rows, all that are looked at before a run, and give the verdict."""
+        self._looked_at = looked_at
         for row in bad:
             self._left_out.add(row.row)
             self._add(row)
@@ -50,7 +52,8 @@ class Quarantine:
         if bad is not None:
             self._add(bad)
         if self.limit == 0 or (len(self._seen) >= ROWS_BEFORE_VERDICT and len(self.bad) > 1):
-            self._verdict(len(self._seen))
+            # Of rows looked at before the run those that are met are a part.
+            self._verdict(max(len(self._seen), self._looked_at))
 
     def write_to(self, path: Path) -> None:
         """Append bad rows to `path`, one JSON object a line: those so far, and from now on each when it is found.

@@ -18,12 +18,15 @@ from fastcorl.tasks import setting
 
 NumberedRow = tuple[str, Row]
 
+RESERVE_WINDOW = 100  # steps
+
 
 class StreamPrompts(PromptSource):
     """Prompts of a stream, shuffled through a buffer of `shuffle_buffer` encoded rows.
 
-    Order of shards and buffer are seeded by (seed, stage, epoch). The reserve is the same stream in another order; it
-    may hold what the step itself takes. Each rank reads the whole stream and decodes its own images only.
+    Order of shards and buffer are seeded by (seed, stage, epoch). The reserve is the same stream in another order, a
+    new one every 100 steps: a rank that needs it while others do not must not skip all that came before. It may hold
+    what the step itself takes. Each rank reads the whole stream and decodes its own images only.
     """
 
     def __init__(
@@ -48,8 +51,14 @@ class StreamPrompts(PromptSource):
             return row_id not in exclude and (isinstance(row, Unreadable) or row["qa_type"] not in others)
 
         what = f"a question of type {' or '.join(sorted(types))}"
-        self._own = ShuffledStream(stream, seed, stage, shuffle_buffer, wanted, what)
-        self._reserve = ShuffledStream(stream, seed, reserve_stage(stage), shuffle_buffer, wanted, what)
+
+        def ordered(name: str) -> ShuffledStream:
+            return ShuffledStream(stream, seed, name, shuffle_buffer, wanted, what)
+
+        self._ordered = ordered
+        self._own = ordered(stage)
+        self._reserve = self._own  # of no window yet
+        self._window = -1
 
     @property
     def size(self) -> int | None:
@@ -63,11 +72,20 @@ class StreamPrompts(PromptSource):
             )
 
     def _read(self, step: int, block: int, place: int) -> Prompt | BadRow:
-        order = self._own if block < 0 else self._reserve
+        order = self._own
+        if block >= 0:
+            window, step = divmod(step - 1, RESERVE_WINDOW)
+            order, step = self._reserve_of(window), step + 1
         start = first_place(step, self.prompts_per_step)
         row_id, row = order.at(start + max(block, 0) * self.prompts_per_step + place, keep_from=start)
         self.check(1)  # the first epoch may just have ended, within this step
         return read_prompt(row_id, row, self.schema, self.check_prompt)
+
+    def _reserve_of(self, window: int) -> "ShuffledStream":
+        if window != self._window:
+            self._reserve = self._ordered(f"{reserve_stage(self.stage)}/{window}")
+            self._window = window
+        return self._reserve
 
 
 class ShuffledStream:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +54,8 @@ class Checkpoints:
 
     def steps(self) -> list[Path]:
         """All that are in place, the oldest first."""
-        return sorted(self.folder.glob("step-*"), key=step_of)
+        whole = (path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir())
+        return sorted(whole, key=step_of)
 
     def find(self, resume: str | None) -> tuple[Found | None, list[str]]:
         """The checkpoint to continue from, and a line on each that is bad: `resume` names a folder, or is "auto" for
@@ -101,8 +103,8 @@ class Checkpoints:
                 error = " ".join(str(caught).split()) or type(caught).__name__
             return next((told for told in gather(error) if told), None)
 
-        if gather(main and final.exists() and problem_of(final) is None)[0]:
-            return None  # the same step of the same run is the same state
+        if gather(main and self._is_there(final, position))[0]:
+            return None
         for action in (
             by_main(_make_empty, temporary),
             lambda: write(temporary),
@@ -124,6 +126,13 @@ class Checkpoints:
         else:
             (self.folder / LATEST).unlink(missing_ok=True)
 
+    def _is_there(self, folder: Path, position: Position) -> bool:
+        """Whether a whole checkpoint of this state is in place; the same step of the same run is the same state."""
+        if not folder.exists() or problem_of(folder) is not None:
+            return False
+        found = _read(folder)
+        return found.position == position and found.config_hash == self.config_hash
+
     def _complete(self, temporary: Path, final: Path, position: Position) -> None:
         write_text(temporary / POSITION, json.dumps(asdict(position), indent=1))
         manifest = {
@@ -135,7 +144,7 @@ class Checkpoints:
         manifest["sha256"] = hash_of(manifest)
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
         sync(temporary)
-        if final.exists():  # and is bad
+        if final.exists():  # and is bad, or another run's
             remove_folder(final)
         put_in_place(temporary, final)
 

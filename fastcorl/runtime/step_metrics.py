@@ -20,11 +20,14 @@ def group_ranges(values: torch.Tensor, known: torch.Tensor, group_size: int) -> 
 
 
 class StepMetrics:
-    """Collects sums and weights under names; `record` divides one by the other over all ranks."""
+    """Collects sums and weights under names; `record` divides one by the other over all ranks.
+
+    Figures of micro-batches stay on the device until then: reading one would keep the next forward waiting.
+    """
 
     def __init__(self, rollout: Rollout, scores: Scores, advantages: torch.Tensor):
-        self._sums: dict[str, list[float]] = {}
-        self._largest: dict[str, float] = {}
+        self._sums: dict[str, list[float | torch.Tensor]] = {}
+        self._largest: dict[str, float | torch.Tensor] = {}
         self._figures: dict[str, float] = {}
         self._loss, self._grad_norm, self._learning_rate = 0.0, 0.0, 0.0
         sampled = ~rollout.external_rows().to(scores.total.device)
@@ -63,24 +66,21 @@ class StepMetrics:
             rows = getattr(batch, modality)
             count = len(rows.targets)
             if rows.external is not None:
-                count = int(rows.cu_seqlens.diff()[~rows.external].sum())
+                count = rows.cu_seqlens.diff().where(~rows.external, 0).sum()
             for name in TOKEN_MEANS:
                 value = getattr(result, name)
                 if value is not None:
-                    self._add(f"{modality}_{name}", float(value) * count, count)
-            self._largest[f"{modality}_ratio_max"] = max(
-                self._largest.get(f"{modality}_ratio_max", 0.0), float(result.ratio_max)
-            )
+                    self._add(f"{modality}_{name}", value.detach().double() * count, count)
+            ratio_max = result.ratio_max.detach().double()
+            largest = self._largest.get(f"{modality}_ratio_max", ratio_max)
+            self._largest[f"{modality}_ratio_max"] = torch.maximum(largest, ratio_max)
             if on_policy:
                 # How far the trained distribution is from the sampled one; 0 up to rounding when all is right.
-                gap = (result.log_probs - rows.sampled_log_probs).abs()
-                gap = gap[gap.isfinite()]  # rows of the data were not sampled
-                self._add(f"{modality}_mismatch", float(gap.sum()), gap.numel())
+                self._add_distance(f"{modality}_mismatch", result.log_probs - rows.sampled_log_probs)
 
     def add_drift(self, modality: str, change: torch.Tensor) -> None:
         """`change` (R,) of log-probs since before the step's first update."""
-        change = change[change.isfinite()]
-        self._add(f"{modality}_drift", float(change.abs().sum()), change.numel())
+        self._add_distance(f"{modality}_drift", change)
 
     def add_figures(self, figures: dict[str, float]) -> None:
         """Figures that are the same on every rank."""
@@ -94,6 +94,7 @@ class StepMetrics:
     ) -> StepRecord:
         """The step's record over all ranks; a collective call."""
         # A rank may lack what others have: a micro-batch of one modality, a user's reward that did not apply.
+        self._read()
         found = ranks.gather((list(self._sums), list(self._largest)))
         names = sorted({name for sums, _ in found for name in sums})
         flat = [value for name in names for value in self._sums.get(name, (0.0, 0))]
@@ -127,7 +128,17 @@ class StepMetrics:
             memory_gib=peak_memory_gib(),
         )
 
-    def _add(self, name: str, total: float, count: int) -> None:
-        entry = self._sums.setdefault(name, [0.0, 0.0])
-        entry[0] += total
-        entry[1] += count
+    def _add(self, name: str, total: float | torch.Tensor, count: int | torch.Tensor) -> None:
+        former = self._sums.get(name, [0.0, 0.0])
+        self._sums[name] = [former[0] + total, former[1] + count]
+
+    def _add_distance(self, name: str, differences: torch.Tensor) -> None:
+        """The mean of their absolute values, where known: rows of the data were not sampled."""
+        distances = differences.detach().abs()
+        known = distances.isfinite()
+        self._add(name, distances.where(known, 0).sum().double(), known.sum())
+
+    def _read(self) -> None:
+        """All figures as numbers."""
+        self._sums = {name: [float(total), float(count)] for name, (total, count) in self._sums.items()}
+        self._largest = {name: float(value) for name, value in self._largest.items()}

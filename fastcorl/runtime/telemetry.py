@@ -25,6 +25,7 @@ from rich.text import Text
 from fastcorl.config import LoggingConfig
 from fastcorl.errors import UserError
 from fastcorl.records import StepRecord
+from fastcorl.runtime.durable import write_text
 from fastcorl.runtime.trackers import TrackedRun, Trackers, rate, scalars_of
 
 METRICS_FILE = "metrics.jsonl"
@@ -169,10 +170,25 @@ class Telemetry:
             return
         if self._metrics is None:
             self._metrics = self._open_metrics()
-        self._metrics.write(_to_json(record) + "\n")
-        self._metrics.flush()
+        with self.unless_full(METRICS_FILE):  # then the next flush writes it
+            self._metrics.write(_to_json(record) + "\n")
+            self._metrics.flush()
         self._trackers.scalars(scalars_of(record), self.global_step(record.stage, record.step))
         self._show(record)
+
+    def add_scores(self, record: StepRecord) -> None:
+        """Add held-out scores to the last record, that of `write` or of a run that is resumed."""
+        if not self.is_main:
+            return
+        path = self.run_dir / METRICS_FILE
+        with self.unless_full(METRICS_FILE):
+            if self._metrics:
+                self._metrics.flush()  # of a full disk's last line; closing would lose it
+            self._close_metrics()
+            *former, _ = _whole_lines(path)
+            _replace(path, [*former, _to_json(record)])
+        scores = {name: value for name, value in scalars_of(record).items() if name.startswith("scores/")}
+        self._trackers.scalars(scores, self.global_step(record.stage, record.step))
 
     def image(self, tag: str, array: np.ndarray, step: int) -> None:
         """Show an (H, W, 3) uint8 picture in the trackers at a global step."""
@@ -182,6 +198,14 @@ class Telemetry:
         """Print a line."""
         if self.is_main:
             self._print(Text(text), text)
+
+    @contextmanager
+    def unless_full(self, what: str) -> Iterator[None]:
+        """What cannot be written inside the block, as to a full disk, is told in a line and no more."""
+        try:
+            yield
+        except OSError as error:
+            self.note(f"{what} could not be written: {error}")
 
     def truncate_after(self, stage_order: Sequence[str], stage: str, step: int) -> None:
         """Forget everything after `step` of `stage`, where a resumed run goes on. Call before anything is told."""
@@ -199,10 +223,7 @@ class Telemetry:
             record = _from_json(line)
             if record.stage in place and (place[record.stage], record.step) <= last:
                 kept.append(line)
-        # A kill in the middle of an in-place rewrite would lose the whole history.
-        shorter = path.with_name(METRICS_FILE + ".tmp")
-        shorter.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(shorter, path)
+        _replace(path, kept)
 
     def close(self, *, failed: bool = False) -> None:
         """Flush and release everything; trackers learn whether the run `failed`. A later `write` is kept, not shown."""
@@ -210,9 +231,13 @@ class Telemetry:
             self._progress.stop()
             self._progress = None
         self._trackers.close(failed=failed)
-        if self._metrics:
-            self._metrics.close()
-            self._metrics = None
+        self._close_metrics()
+
+    def _close_metrics(self) -> None:
+        metrics, self._metrics = self._metrics, None
+        if metrics:
+            with self.unless_full(METRICS_FILE):
+                metrics.close()
 
     def _open_metrics(self):
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -259,7 +284,6 @@ def step_line(record: StepRecord, eta_seconds: float) -> str:
     rates = f"{rate(record.tokens, seconds):,.0f} tok/s {rate(record.images, seconds):,.1f} img/s"
     hardware = [text.format(record.metrics[name]) for name, text in HARDWARE.items() if name in record.metrics]
     phases = " ".join(f"{name} {value:.2f}" for name, value in record.seconds.items())
-    scores = " ".join(f"{name} {value:.1%}" for name, value in record.scores.items())
     parts = [
         f"{record.stage} {record.step}/{record.total_steps}",
         rewards and f"reward {rewards}",
@@ -267,7 +291,6 @@ def step_line(record: StepRecord, eta_seconds: float) -> str:
         " ".join([rates, *hardware]),
         f"{seconds:.2f} s" + (f" ({phases})" if phases else ""),
         f"{record.memory_gib:.2f} GiB",
-        scores and f"held-out {scores}",
         f"ETA {duration(eta_seconds)}",
     ]
     return " | ".join(part for part in parts if part)
@@ -308,6 +331,11 @@ def _is_headline(name: str) -> bool:
 def _whole_lines(path: Path) -> list[str]:
     """Lines that end in a newline; a kill can leave a last one that does not."""
     return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+
+
+def _replace(path: Path, lines: list[str]) -> None:
+    """A kill in the middle of an in-place rewrite would lose the whole history."""
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def _to_json(record: StepRecord) -> str:

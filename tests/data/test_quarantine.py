@@ -50,6 +50,15 @@ def test_one_bad_row_that_is_met_never_suffices():
         met.see("60", bad(60))
 
 
+def test_rows_met_again_are_judged_with_all_that_were_looked_at():
+    known = Quarantine(0.01)
+    known.record([bad(1), bad(2)], 1000)
+    for index in range(3, 90):
+        known.see(str(index), bad(index) if index < 11 else None)
+    with pytest.raises(UserError, match="11 of 1000"):
+        known.see("90", bad(90))
+
+
 def test_list_of_bad_rows(tmp_path):
     path = tmp_path / "bad_rows.jsonl"
     first = Quarantine(1)

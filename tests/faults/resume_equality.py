@@ -33,8 +33,9 @@ stages:
   unified: {{task: unified, steps: 5, prompts_per_step: 4}}
   t2i: {{task: t2i, init: unified, steps: 4, prompts_per_step: 4, beta: 0.1}}
 """
-# Inside a stage; after its last step's export and before its scores; inside the second stage. See `recorded_run`.
-DEATHS = ("train unified 4", "evaluation unified 5", "rollout t2i 4")
+# Inside a stage; in an evaluation inside it; after its export and before its scores; inside the second stage. See
+# `recorded_run`.
+DEATHS = ("train unified 4", "evaluation unified 4", "evaluation unified 5", "rollout t2i 4")
 
 
 class Case(NamedTuple):
@@ -49,7 +50,7 @@ def zero(stage: int, ranks: int) -> Case:
 
 CASES = {
     # Also while the first checkpoint is saved, and after the first stage's scores.
-    "plain": Case((), deaths=("save unified 2", *DEATHS[:2], "rollout t2i 1", "save t2i 4")),
+    "plain": Case((), deaths=("save unified 2", *DEATHS[:3], "rollout t2i 1", "save t2i 4")),
     "plain lora": Case(("--model.lora.rank=4", "--model.lora.targets", "q_proj", "down_proj")),
     "plain bfloat16": Case(("--model.dtype=bfloat16",)),
     "plain user reward": Case(("--rewards.extra", "tests.faults.noisy_reward:noisy", "0.5")),
@@ -63,7 +64,7 @@ CASES = {
             "--data.max_bad_fraction=0.5",
             "--stages.unified.prompts_per_step=6",
         ),
-        deaths=(*DEATHS[:2], "train t2i 3"),
+        deaths=(*DEATHS[:3], "train t2i 3"),
     ),
     "plain options": Case(
         (

@@ -117,6 +117,15 @@ def test_the_whole_one_is_kept_beside_bad_ones_of_higher_numbers(checkpoints, ke
     assert checkpoints.find("auto")[0].position.step == 3
 
 
+def test_folders_of_other_names_are_the_users(checkpoints):
+    for name in ("step-best", "step-1-good"):
+        (checkpoints.folder / name).mkdir(parents=True)
+    (checkpoints.folder / "step-1.tar.gz").touch()
+    save(checkpoints, 3, keep=1)
+    assert [path.name for path in checkpoints.steps()] == ["step-3"]
+    assert len(list(checkpoints.folder.glob("step-*"))) == 4
+
+
 def test_nothing_is_removed_after_a_step_that_was_not_finite(checkpoints):
     save(checkpoints, 3, keep=None)
     assert len(checkpoints.steps()) == 3

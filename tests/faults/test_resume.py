@@ -108,4 +108,4 @@ def test_another_number_of_ranks_is_refused_inside_a_stage(finished, tmp_path):
 def test_another_number_of_ranks_begins_the_next_stage(finished, tmp_path):
     copy = copy_killed_in_t2i(finished, tmp_path)
     shutil.rmtree(copy / "checkpoints" / "step-3")  # what is left is of the stage that is finished
-    assert resumption(tmp_path, world_size=2).finished_stages() == ["unified"]
+    assert resumption(tmp_path, world_size=2).finished == ["unified"]

@@ -1,9 +1,11 @@
-"""A run that is killed in the middle of a step and resumed is, to the bit, the one that went through."""
+"""A run that is killed in a step, or in an evaluation, and resumed is to the bit the one that went through."""
 
 import shutil
 
+import pytest
+
 from fastcorl.config_loading import load_config
-from fastcorl.pipeline import train
+from fastcorl.pipeline import Run, train
 from fastcorl.trainer import Trainer
 from tests.faults.recorded_run import recording
 from tests.faults.resume_equality import SMALL
@@ -13,32 +15,63 @@ FEW = [
     "--stages.unified.steps=3",
     "--stages.unified.prompts_per_step=2",
     "--stages.unified.beta=0.1",
-    "--evaluation.every=0",
+    "--evaluation.every=2",
     "--evaluation.num_prompts=2",
     "--evaluation.scorer=None",
     "--checkpoint.every=1",
 ]
 
 
-def test_a_resumed_run_equals_one_that_went_through(tmp_path, monkeypatch):
-    lines = []
-    for (owner, name), function in recording(lines.append).items():
-        monkeypatch.setattr(owner, name, function)
-    config, whole, killed = tmp_path / "small.yaml", tmp_path / "whole", tmp_path / "killed"
-    config.write_text(SMALL.partition("  t2i:")[0])
-    update = Trainer._update
+class Recorded:
+    """A run that went through, and copies of its folder as a kill leaves it: {place: copy}."""
 
-    def copy_in_the_last(self, step, *arguments, **options):
-        applied = update(self, step, *arguments, **options)
-        if step == 3 and not killed.exists():
-            shutil.copytree(whole, killed)  # what a kill leaves here
-        return applied
+    def __init__(self, folder, patch):
+        self.lines, self.copies, self.whole = [], {}, folder / "whole"
+        self.config = folder / "small.yaml"
+        self.config.write_text(SMALL.partition("  t2i:")[0])
+        for (owner, name), function in recording(self.lines.append).items():
+            patch.setattr(owner, name, function)
+        update, evaluate = Trainer._update, Run._evaluate
 
-    monkeypatch.setattr(Trainer, "_update", copy_in_the_last)
-    train(load_config([f"--config={config}", f"--output_dir={whole}", *FEW]))
-    train(load_config([f"--config={config}", f"--output_dir={killed}", "--resume=auto", *FEW]))
-    assert [line["step"] for line in lines] == [1, 2, 3, 3]
-    found = compare_runs(whole / "run", killed / "run")
-    found.see(*lines[2:], "step 3")
+        def updated(trainer, step, *arguments, **options):
+            applied = update(trainer, step, *arguments, **options)
+            if step == 3:
+                self.copy("update")
+            return applied
+
+        def evaluated(run, label, *arguments):
+            if label == "unified 2":
+                self.copy("evaluation")
+            return evaluate(run, label, *arguments)
+
+        patch.setattr(Trainer, "_update", updated)
+        patch.setattr(Run, "_evaluate", evaluated)
+        self.train(self.whole)
+
+    def copy(self, place):
+        if place not in self.copies:
+            self.copies[place] = self.whole.with_name(place)
+            shutil.copytree(self.whole, self.copies[place])
+
+    def train(self, folder, *options):
+        train(load_config([f"--config={self.config}", f"--output_dir={folder}", *FEW, *options]))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        yield Recorded(tmp_path_factory.mktemp("runs"), patch)
+
+
+@pytest.mark.parametrize("place", ["update", "evaluation"])
+def test_a_resumed_run_equals_one_that_went_through(recorded, place):
+    assert [line["step"] for line in recorded.lines[:3]] == [1, 2, 3]
+    recorded.train(recorded.copies[place], "--resume=auto")
+    found = compare_runs(recorded.whole / "run", recorded.copies[place] / "run")
+    found.see(recorded.lines[2], recorded.lines[-1], "step 3")
     assert found.differences == []
     assert found.tensors > 100
+
+
+def test_a_kill_in_an_evaluation_loses_no_step(recorded):
+    assert (recorded.copies["evaluation"] / "run" / "checkpoints" / "step-2").is_dir()

@@ -1,7 +1,9 @@
 """Steps that are not finite, SIGTERM and a full disk, met by a run on the shipped model in this process."""
 
+import json
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -29,8 +31,8 @@ stages:
 def run(tmp_path):
     """Train with options; a run that ends early raises."""
 
-    def run(*options):
-        (tmp_path / "small.yaml").write_text(SMALL)
+    def run(*options, later=""):
+        (tmp_path / "small.yaml").write_text(SMALL + later)
         train(load_config(["--config", str(tmp_path / "small.yaml"), f"--output_dir={tmp_path}", *options]))
 
     return run
@@ -87,6 +89,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_in_its_metrics(run, at_c
     assert second["metrics"]["loss"] == "NaN" and second["metrics"]["skipped_updates"] == 1
     assert "unified 2/4" in capsys.readouterr().out
     assert steps_saved(tmp_path) == [1]
+
+
+def test_a_stop_loses_no_step_between_checkpoints(run, at_call, tmp_path):
+    """Nothing is lost by going on with `skip`."""
+    at_call(CoRLObjective, "forward", [3], spoilt)
+    with pytest.raises(UserError, match="unified step 3: not applied"):
+        run("--checkpoint.every=100")
+    assert steps_saved(tmp_path) == [2]
+    run("--checkpoint.every=100", "--resume=auto")
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def test_skipped_steps_change_no_bit_and_remove_no_checkpoint(run, at_call, tmp_path, capsys):
@@ -181,6 +193,45 @@ def test_what_a_killed_run_left_half_done_is_removed(run, tmp_path, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["abandoned-step-2", "latest", "step-1", "step-2"]
     assert (tmp_path / "run" / "export" / "unified").is_dir()
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_checkpoints_ahead_of_where_the_run_goes_on_are_moved_aside(run, tmp_path):
+    """Else the next resume would go back to them, and they would count among the newest."""
+    later = "  later: {task: unified, init: unified, steps: 1, prompts_per_step: 2}\n"
+    run("--stages.unified.steps=2", later=later)
+    shutil.rmtree(tmp_path / "run" / "export" / "unified")  # to train it again
+    run("--stages.unified.steps=1", "--resume=auto", later=later)
+    assert steps_saved(tmp_path) == [1, 2]
+    position = json.loads((tmp_path / "run" / "checkpoints" / "step-2" / "position.json").read_text())
+    assert (position["stage"], position["step"]) == ("later", 1)
+    assert sorted(path.name for path in (tmp_path / "run" / "export").iterdir()) == [
+        "abandoned-later",
+        "later",
+        "unified",
+    ]
+
+
+def test_a_folder_that_a_run_is_writing_to_is_left_to_it(run, at_call, tmp_path):
+    def another(result):
+        for options in ((), ("--resume=auto",)):
+            with pytest.raises(UserError, match=r"run: a run is writing to it \(process \d+ on .*--name"):
+                run("--stages.unified.steps=2", *options)
+        return result
+
+    at_call(CoRLObjective, "forward", [1], another)
+    run("--stages.unified.steps=2")
+    assert steps_saved(tmp_path) == [1, 2]
+    assert not (tmp_path / "run-1").exists() and not (tmp_path / "run" / "lock").exists()
+
+
+def test_a_full_disk_costs_samples_and_scores_but_not_the_run(run, monkeypatch, tmp_path, capsys):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastcorl.pipeline.save_samples", full)
+    run("--stages.unified.steps=2", "--logging.samples_every=1")
+    assert "samples could not be written: [Errno 28] No space left on device" in capsys.readouterr().out
+    assert steps_saved(tmp_path) == [1, 2]
 
 
 def test_a_finished_stage_that_is_to_have_more_steps_stays_as_it_is_and_says_so(run, tmp_path, capsys):

@@ -116,6 +116,43 @@ def test_a_line_cut_by_a_kill_is_dropped(tmp_path, record):
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
 
 
+def test_scores_join_the_last_record(tmp_path, record):
+    with Telemetry(tmp_path, QUIET, STAGES, True, plain_console()) as telemetry:
+        first, second = record(step=1), record(step=2)
+        telemetry.write(first)
+        telemetry.write(second)
+        second.scores = {"digit": 0.5}
+        telemetry.add_scores(second)
+        telemetry.write(record(step=3))
+    assert read_records(tmp_path) == [first, second, record(step=3)]
+
+
+def test_a_record_that_a_full_disk_refuses_is_written_with_the_next(tmp_path, record):
+    telemetry = Telemetry(tmp_path, QUIET, STAGES, True, plain_console())
+    telemetry.write(record(step=1))
+    telemetry.close()
+    full = FullDisk()
+    telemetry._metrics = io.TextIOWrapper(io.BufferedWriter(full), encoding="utf-8")
+    telemetry.write(record(step=2))
+    assert "metrics.jsonl could not be written: [Errno 28]" in telemetry.console.file.getvalue()
+    full.room = True
+    telemetry.write(record(step=3))
+    assert [json.loads(line)["step"] for line in full.written.splitlines()] == [2, 3]
+
+
+class FullDisk(io.RawIOBase):
+    written, room = b"", False
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        self.written += bytes(data)
+        return len(data)
+
+
 def test_tensorboard_counts_through_stages_and_purges(tmp_path, record):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     grid = np.zeros((8, 12, 3), "uint8")

@@ -9,7 +9,7 @@ import torch
 from fastcorl.errors import LocalError
 from fastcorl.records import Rollout
 from fastcorl.rewards.users.pairwise import group_pairs, win_rates
-from fastcorl.rewards.users.worker import Reply, RewardWorker, Spare
+from fastcorl.rewards.users.worker import STARTUP_SECONDS, Reply, RewardWorker, Spare
 from fastcorl.rewards.users.worker_process import pack_rollout
 
 
@@ -71,7 +71,7 @@ class UserRewards:
         pairwise: Iterable[str] = (),
         *,
         timeout: float = 60.0,
-        startup: float = 300.0,
+        startup: float = STARTUP_SECONDS,
         gpu: bool = False,
     ) -> None:
         """Import all functions, each in its process; UserError where one cannot be. Arguments as of `RewardWorker`."""

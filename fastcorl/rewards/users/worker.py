@@ -20,6 +20,7 @@ from fastcorl.errors import UserError
 from fastcorl.rewards.users import worker_process
 from fastcorl.rewards.users.worker_process import GRACE_SECONDS, read_message, write_message
 
+STARTUP_SECONDS = 300.0  # that a user's module may take to be imported
 _LAUNCHER_VARIABLES = (
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE CROSS_RANK CROSS_SIZE GROUP_RANK GROUP_WORLD_SIZE "
     "ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT"
@@ -52,7 +53,7 @@ class RewardWorker:
         key: str = "rewards.extra",
         *,
         timeout: float = 60.0,
-        startup: float = 300.0,
+        startup: float = STARTUP_SECONDS,
         gpu: bool = False,
         spare: "Spare | None" = None,
     ) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 # Seconds that a rank waits for another in a collective.
 LONG_WAIT = 1800.0
+JOIN_WAIT = 600.0  # one that has met a mistake never comes
 SHORT_WAIT = 120.0
 
 
@@ -61,7 +62,11 @@ class Distributed:
         try:
             yield
         finally:
-            self._set_wait(LONG_WAIT)
+            self.wait_long()
+
+    def wait_long(self) -> None:
+        """Give other ranks LONG_WAIT from now on."""
+        self._set_wait(LONG_WAIT)
 
     def _set_wait(self, seconds: float) -> None:
         if self.world_size > 1:
@@ -95,8 +100,10 @@ def start(*, threads: int, process_group: bool) -> Distributed:
         }.items():
             os.environ.setdefault(key, value)
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=LONG_WAIT))
-    return Distributed(rank, world_size, device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=JOIN_WAIT))
+    ranks = Distributed(rank, world_size, device)
+    ranks.wait_long()
+    return ranks
 
 
 def stop() -> None:

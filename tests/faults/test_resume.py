@@ -64,6 +64,7 @@ def test_resume_inside_a_stage_that_leaves_the_text_head_alone(finished, tmp_pat
     check_same(finished, copy)
 
 
+@pytest.mark.slow
 def test_resume_without_a_checkpoint_in_the_open_stage_keeps_finished_stages(finished, tmp_path):
     copy = copy_killed_in_t2i(finished, tmp_path)
     shutil.rmtree(copy / "checkpoints" / "step-3")

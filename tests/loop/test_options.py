@@ -62,6 +62,7 @@ def test_adapters_are_trained_merged_and_their_own_reference(run, tmp_path):
     assert not load_policy(folder / "export" / "oe").has_adapters
 
 
+@pytest.mark.slow
 def test_where_the_reference_is_kept_makes_no_difference(run):
     stages = "stages:\n  oe: {task: oe, steps: 3, prompts_per_step: 2, beta: 0.1}\n"
     kept, offloaded, swapped = (
@@ -72,7 +73,7 @@ def test_where_the_reference_is_kept_makes_no_difference(run):
     assert [line["metrics"]["kl"] for line in kept] == [line["metrics"]["kl"] for line in swapped]
 
 
-@pytest.mark.parametrize("where", ["keep", "swap"])
+@pytest.mark.parametrize("where", [pytest.param("keep", marks=pytest.mark.slow), "swap"])
 def test_a_frozen_matching_reward_does_not_drift(run, where):
     """The same drawings, since nothing is learnt from other rewards: what is compared is the first step's and a late
     one's reward of a policy that has changed."""
@@ -209,6 +210,7 @@ def test_ranges_and_flat_groups_of_every_reward_are_logged(run):
         assert lines[0]["metrics"][f"{name}/unscored"] == 0
 
 
+@pytest.mark.slow
 def test_an_ordered_stage_measures_its_order(run):
     stages = "stages:\n  refine: {task: ordered, order: [t2i, mc, oe], probe_steps: 1, steps: 1, prompts_per_step: 2}\n"
     folder, lines = run(stages=stages)
@@ -221,6 +223,7 @@ def test_an_ordered_stage_measures_its_order(run):
     assert load_policy(folder / "export" / "refine_3").num_image_tokens == 64
 
 
+@pytest.mark.slow
 def test_models_are_merged_from_folders_by_every_method(run):
     start = QUICKSTART_WEIGHTS / "janus"
     folder, _ = run()

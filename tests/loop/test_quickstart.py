@@ -12,10 +12,10 @@ from transformers import JanusForConditionalGeneration
 from tests.loop.launching import read_metrics, run_deepspeed
 
 SHORT = [
-    "--stages.unified.steps=2",
+    "--stages.unified.steps=1",
     "--stages.t2i.steps=1",
     "--stages.mc.steps=1",
-    "--stages.oe.steps=1",
+    "--stages.oe.steps=2",
     "--evaluation.num_prompts=8",
     "--logging.samples_every=1",
     "--checkpoint.every=1",
@@ -44,12 +44,12 @@ def test_metrics_tell_the_whole_story(finished_run):
     lines = read_metrics(folder)
     assert [(line["stage"], line["step"]) for line in lines] == [
         ("unified", 1),
-        ("unified", 2),
         ("t2i", 1),
         ("mc", 1),
         ("oe", 1),
+        ("oe", 2),
     ]
-    unified, t2i, mc = lines[0], lines[2], lines[3]
+    unified, t2i, mc = lines[:3]
     assert {"total", "cycle", "tim", "accuracy", "format", "caption", "perceptual"} <= set(unified["rewards"])
     assert {"rollout", "score", "pack", "train"} <= set(unified["seconds"])
     assert unified["images"] == 64
@@ -92,19 +92,15 @@ def test_what_an_export_says_of_loading_it_with_transformers_works(finished_run,
 
 
 def test_resume_continues_to_the_same_end(tmp_path, finished_run):
-    """A run stopped after step 1 of the second stage and resumed writes the metrics of the run that was not."""
+    """A run stopped after step 1 of the last stage and resumed writes the metrics of the run that was not."""
     reference, _ = finished_run
     copy = tmp_path / "quickstart"
     shutil.copytree(reference, copy)
-    for stage in ("t2i", "mc", "oe", "merge"):
+    for stage in ("oe", "merge"):
         shutil.rmtree(copy / "export" / stage)
-    shutil.rmtree(copy / "export" / "unified")
-    for checkpoint in (copy / "checkpoints").glob("step-*"):
-        if checkpoint.name != "step-1":
-            shutil.rmtree(checkpoint)
-    if not (copy / "checkpoints" / "step-1").exists():
-        pytest.fail("the checkpoint of step 1 was not kept")
+    shutil.rmtree(copy / "checkpoints" / "step-5")
     run_deepspeed(*SHORT, f"--output_dir={tmp_path}", "--resume=auto", ranks=2)
     before, after = read_metrics(reference), read_metrics(copy)
     assert [line["rewards"] for line in before] == [line["rewards"] for line in after]
     assert [line["metrics"]["loss"] for line in before] == [line["metrics"]["loss"] for line in after]
+    assert before[:4] == after[:4] and before[4]["seconds"] != after[4]["seconds"]

@@ -31,7 +31,7 @@ SHORT = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("whole", marks=pytest.mark.slow)])
 def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rehearsal")
     files, caches = folder / "files", folder / "caches"

@@ -64,6 +64,7 @@ stages:
 """
 
 
+@pytest.mark.slow
 def test_options_are_the_same_on_two_ranks_that_share_everything(tmp_path):
     config = tmp_path / "small.yaml"
     config.write_text(SMALL)

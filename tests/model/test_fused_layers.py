@@ -293,10 +293,9 @@ def compiler():
 
 @pytest.mark.parametrize(
     ("backend", "lora", "recomputed"),
-    [("inductor", False, 0), ("eager", False, 1), ("eager", True, 1)],
+    [pytest.param("inductor", False, 0, marks=pytest.mark.slow), ("eager", False, 1), ("eager", True, 1)],
 )
 def test_compiled_blocks_give_what_torch_gives(compiler, monkeypatch, backend, lora, recomputed):
-    # Inductor may take half a minute; the graphs are there without it.
     build = functools.partial(torch.compile, dynamic=True, backend=backend)
     monkeypatch.setattr(module, "compiled", functools.cache(build))
     policy, reference = prepared(lora=lora, recomputed=recomputed), prepared(lora=lora)

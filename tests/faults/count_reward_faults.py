@@ -25,7 +25,6 @@ STEPS, STEPS_OF_LONG_RUN = 3, 8
 SMALL = f"""
 extends: {SMALL_RUN}
 output_dir: .
-data: {{check_rows: used}}
 checkpoint: {{every: 0}}
 stages:
   unified: {{task: unified, steps: 3, prompts_per_step: 2}}

@@ -24,7 +24,6 @@ from tests.loop.launching import REPOSITORY, SMALL_RUN, environment
 
 SMALL = f"""
 extends: {SMALL_RUN}
-data: {{check_rows: used}}
 optimizer: {{warmup_steps: 3, schedule: cosine, learning_rate: 1e-3}}
 packing: {{tokens: 600}}
 evaluation: {{num_prompts: 4, every: 2, scorer: fastcorl.quickstart.scorer:Scorer}}

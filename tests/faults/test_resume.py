@@ -18,6 +18,7 @@ ALONE = Distributed(0, 1, torch.device("cpu"))
 
 TINY = [
     "--threads=1",
+    "--data.check_rows=used",
     *(f"--stages.{stage}.prompts_per_step=2" for stage in ("unified", "t2i", "mc", "oe")),
     "--algorithm.group_size=2",
     "--stages.unified.steps=2",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from fastcorl.config_loading import load_config
 from fastcorl.model import load_policy
 from fastcorl.model.loading import QUICKSTART_WEIGHTS
-from fastcorl.pipeline import train
+from fastcorl.pipeline import Run, train
 from fastcorl.runtime.distributed import Distributed
 from tests.loop.launching import SMALL_RUN, read_metrics
 
@@ -27,9 +27,10 @@ UNIFIED = "stages:\n  unified: {task: unified, steps: 2, prompts_per_step: 2}\n"
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch):
     """Train `stages` with options; returns the run's folder and the lines of metrics.jsonl."""
     count = 0
+    monkeypatch.setattr(Run, "_report", lambda _: None)  # half of a small run's time
 
     def run(*options, stages=UNIFIED):
         nonlocal count
@@ -252,6 +253,7 @@ def test_data_streams_with_bad_rows_and_holds_some_out(run, tmp_path):
         table[index]["real_image"]["bytes"] = table[index]["real_image"]["bytes"][:40]
     Dataset.from_list(table).to_parquet(tmp_path / "rows.parquet")
     source = [f"--data.train={tmp_path / 'rows.parquet'}", "--data.held_out=None", "--data.held_out_rows=4"]
+    source.append("--data.check_rows=all")
     allowed = [*source, "--data.max_bad_fraction=0.1"]
     streamed, lines = run(*allowed, "--data.streaming=true", "--data.shuffle_buffer=16")
     assert len(lines) == 2

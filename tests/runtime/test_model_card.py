@@ -182,7 +182,6 @@ def test_a_conversion_keeps_a_card_of_ours_and_no_other(tmp_path):
 
 SMALL = f"""
 extends: {SMALL_RUN}
-data: {{check_rows: used}}
 stages:
   oe: {{task: oe, steps: 2, prompts_per_step: 2}}
 """

@@ -1,6 +1,7 @@
 """What a run left, held bit for bit against what another left: steps, figures, scores, weights and optimizer state."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,9 +93,10 @@ def read_steps(folder: Path, rank: int) -> list[dict]:
 
 def _cut_padding(state: dict, name: str) -> None:
     """Under ZeRO 3 a frozen weight that the ranks cannot share evenly ends, on the last, in memory never written."""
-    fragments = state.get("frozen_param_fragments") or {}
+    shard = re.match(r"zero_pp_rank_(\d+)_", name)  # under the others they are whole
+    fragments = (state.get("frozen_param_fragments") or {}) if shard else {}
     for weight, fragment in fragments.items():
-        rank = int(name.removeprefix("zero_pp_rank_").partition("_")[0])
+        rank = int(shard[1])
         fragments[weight] = fragment[: max(0, state["frozen_param_shapes"][weight].numel() - rank * len(fragment))]
 
 

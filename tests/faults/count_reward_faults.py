@@ -41,6 +41,7 @@ REASONS = {
     "crashes": "its process was ended by SIGSEGV",
     "lacks_memory": "MemoryError",
     "hangs_in_a_thread": "not done after 2 s, stopped",
+    "closes_all_files": "its process ended",
     "nothing": "returned None, not a sequence of 4 numbers",
     "too_few": "returned 3 values, 4 were asked for",
     "too_many": "returned 5 values, 4 were asked for",

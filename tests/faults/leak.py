@@ -3,8 +3,8 @@
     python -m tests.faults.leak [--steps 600]
 
 Exit code 1 if resident memory grows by more than 1 MB per 100 steps, or tensors, open files, threads or child
-processes grow at all. Memory is read after glibc has given back what is free, which goes up and down by tens of MB; it settles within
-100 steps, so that fewer than 300 say little.
+processes grow at all. Memory is read after glibc has given back what is free, which goes up and down by tens of MB.
+It settles within 100 steps, so that fewer than 300 say little.
 """
 
 import argparse

@@ -253,8 +253,10 @@ def content(path: Path) -> bytes:
 def main() -> None:
     cases = ["equal", "ssh", "killed", "unplugged", "terminated", "restarted", "apart", "different"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", choices=[[], *cases], default=cases, metavar="CASE", help=", ".join(cases))
-    chosen = parser.parse_args().cases
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(cases))
+    chosen = parser.parse_args().cases or cases
+    if unknown := set(chosen).difference(cases):
+        parser.error(f"no case {' '.join(unknown)}; there are {', '.join(cases)}")
     with tempfile.TemporaryDirectory() as folder, two_hosts() as hosts:
         trials = Trials(Path(folder), hosts)
         for case in chosen:

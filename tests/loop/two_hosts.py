@@ -79,7 +79,8 @@ class Trials:
     def restarted(self) -> None:
         """A rank killed under `torchrun --max_restarts`, which starts all of them again."""
         options = ["--max_restarts", "2"]
-        processes = self._start("torchrun", "restarted", 1, "--resume=auto", launch=options)
+        variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # docs/multi_node.md says why
+        processes = self._start("torchrun", "restarted", 1, "--resume=auto", launch=options, variables=variables)
         self._wait_for_steps("restarted", 2)
         self.hosts[1].kill(self.hosts[1].ranks())
         begin = time.perf_counter()
@@ -144,6 +145,7 @@ class Trials:
         launch: list[str] | None = None,
         own: tuple[Path, Path] | None = None,
         files: list[Path] | None = None,
+        variables: dict[str, str] | None = None,
     ) -> list[subprocess.Popen]:
         """The run `name` on both hosts, or with two ranks per host on the first; `own` and `files` as they say."""
         hosts = self.hosts[: 2 // per_host]
@@ -155,7 +157,9 @@ class Trials:
                 command = deepspeed(host, hosts, self.folder / "hostfile")
             command += [*self._options(name, zero_stage, (files or [self.file] * 2)[host.rank]), *options]
             mounts = own if own and host.rank else None
-            started.append(host.start(command, self.folder / f"{name}-{host.rank}.log", own=mounts))
+            started.append(
+                host.start(command, self.folder / f"{name}-{host.rank}.log", own=mounts, variables=variables)
+            )
         return started
 
     def _options(self, name: str, zero_stage: int, file: Path) -> list[str]:

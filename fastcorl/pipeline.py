@@ -107,7 +107,8 @@ class Run:
                 if not any(entry["stage"] == name for entry in self.scores):
                     self._evaluate(name, self._load(name))
                 continue
-            self._keep_scores([entry for entry in self.scores if entry["stage"] != name])  # no former training's
+            self.scores = [entry for entry in self.scores if entry["stage"] != name]  # no former training's
+            self._keep_scores()
             stage = self.stages[name]
             policy = self._merge(stage) if stage.task == "merge" else self._train_stage(name, stage)
             if self.ranks.is_main:
@@ -140,7 +141,7 @@ class Run:
             done = checkpoint.position.step
             self.telemetry.note(f"{name}: resumed at step {done + 1} from {checkpoint.folder}")
         with self.termination.deferred():
-            if done and self._is_probed(stage, done):
+            if done and self._is_probed(done) and done < stage.steps:
                 self._make_up_scores(trainer)
             self._train_steps(trainer, done + 1)
         trained = trainer.engine.full_policy()
@@ -157,7 +158,7 @@ class Run:
             least += rounds * (self.config.rewards.timeout + STARTUP_SECONDS)
         wait = None
         for step in range(first, stage.steps + 1):
-            cosine = self._is_probed(stage, step, last=True) and self.config.evaluation.gradient_cosine
+            cosine = self._is_probed(step) and self.config.evaluation.gradient_cosine
             try:
                 with self.ranks.waiting(wait):
                     record, rollout, scores = trainer.train_step(step, probe=cosine, stop=self.termination.asked)
@@ -180,13 +181,13 @@ class Run:
                 self._save_checkpoint(trainer, step)
             if self.termination.asked():
                 self._leave(trainer, step)
-            if self._is_probed(stage, step):  # after the checkpoint, lest a failure of it costs these steps
+            # After the checkpoint, lest a failure of it costs these steps. The last step's scores are the stage's.
+            if self._is_probed(step) and step < stage.steps:
                 self._add_scores(trainer, record)
 
-    def _is_probed(self, stage: StageConfig, step: int, *, last: bool = False) -> bool:
-        """Whether held-out scores are taken after `step`; after the last one the stage's own are."""
+    def _is_probed(self, step: int) -> bool:
         every = self.config.evaluation.every
-        return bool(every) and step % every == 0 and (last or step < stage.steps)
+        return bool(every) and step % every == 0
 
     def _add_scores(self, trainer: Trainer, record: StepRecord) -> None:
         record.scores = self._evaluate(f"{record.stage} {record.step}", trainer.engine.full_policy())
@@ -194,8 +195,7 @@ class Run:
 
     def _make_up_scores(self, trainer: Trainer) -> None:
         """Those of the step that the run goes on from, where it was ended before they were kept."""
-        records = read_records(self.folder.path) if self.ranks.is_main else []
-        last = self.ranks.gather(records[-1] if records else None)[0]
+        last = self.ranks.from_main(lambda: next(reversed(read_records(self.folder.path)), None))
         if last and last.stage == trainer.name and not last.scores:
             self._add_scores(trainer, last)
 
@@ -293,17 +293,16 @@ class Run:
             if self.ranks.is_main and export.exists():
                 # First, as a resumed run evaluates a stage again only if it is not in scores.json.
                 self._write_card(label, export, self.scores, len(prompts))
-            self._keep_scores(self.scores)
+            self._keep_scores()
         if self.ranks.is_main:
             shown = "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
             self.telemetry.note(f"held-out scores, {label}: {shown}  (%, {len(prompts)} prompts)")
         self.ranks.barrier()
         return scores
 
-    def _keep_scores(self, scores: list[dict]) -> None:
-        self.scores = scores
+    def _keep_scores(self) -> None:
         if self.ranks.is_main:
-            write_text(self.folder.path / "scores.json", json.dumps(scores, indent=1))
+            write_text(self.folder.path / "scores.json", json.dumps(self.scores, indent=1))
 
     def _write_card(self, name: str, folder: Path, scores: Sequence[dict] = (), prompts: int = 0) -> None:
         write_text(folder / CARD, stage_card(self.config, self.stages, name, scores, prompts))
@@ -366,14 +365,7 @@ class Run:
     def _open_folder(self) -> None:
         """Prepare the run's folder; when resuming, drop what was logged after the checkpoint."""
         resume = self.config.resume is not None
-        note = taken = None
-        if self.ranks.is_main:
-            try:
-                note = self.folder.prepare(self.config, resume=resume)
-            except UserError as error:
-                taken = str(error)
-        if taken := self.ranks.gather(taken)[0]:
-            raise UserError(taken)
+        note = self.ranks.from_main(lambda: self.folder.prepare(self.config, resume=resume))
         if note:
             self.telemetry.note(note)
         if self.ranks.is_main and resume:

@@ -37,16 +37,7 @@ class Resumption:
         facts: dict[str, Any],
     ):
         self.resume, self.stages, self.folder, self.facts = config.resume, stages, folder, facts
-        found: tuple[Found | None, list[str], list[str]] | UserError = (None, [], [])
-        if ranks.is_main:
-            try:
-                found = self._find()
-            except UserError as error:
-                found = error
-        found = ranks.gather(found)[0]
-        if isinstance(found, UserError):
-            raise found
-        self.checkpoint, self._bad, self.finished = found
+        self.checkpoint, self._bad, self.finished = ranks.from_main(self._find)
         if self.checkpoint and self.resume == "auto":  # the folder may have another name on each host
             here = folder.checkpoints.folder / self.checkpoint.folder.name
             self.checkpoint = replace(self.checkpoint, folder=here)

@@ -4,6 +4,7 @@ skips, without decoding an image."""
 import hashlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 
 from fastcorl.config_data import QUESTION_TYPES
 from fastcorl.data.prompts import PromptSource
@@ -51,14 +52,9 @@ class StreamPrompts(PromptSource):
             return row_id not in exclude and (isinstance(row, Unreadable) or row["qa_type"] not in others)
 
         what = f"a question of type {' or '.join(sorted(types))}"
-
-        def ordered(name: str) -> ShuffledStream:
-            return ShuffledStream(stream, seed, name, shuffle_buffer, wanted, what)
-
-        self._ordered = ordered
-        self._own = ordered(stage)
-        self._reserve = self._own  # of no window yet
-        self._window = -1
+        self._ordered = partial(ShuffledStream, stream, seed, buffer=shuffle_buffer, wanted=wanted, what=what)
+        self._own = self._ordered(stage)
+        self._reserve: dict[int, ShuffledStream] = {}  # of one window
 
     @property
     def size(self) -> int | None:
@@ -82,10 +78,9 @@ class StreamPrompts(PromptSource):
         return read_prompt(row_id, row, self.schema, self.check_prompt)
 
     def _reserve_of(self, window: int) -> "ShuffledStream":
-        if window != self._window:
-            self._reserve = self._ordered(f"{reserve_stage(self.stage)}/{window}")
-            self._window = window
-        return self._reserve
+        if window not in self._reserve:
+            self._reserve = {window: self._ordered(f"{reserve_stage(self.stage)}/{window}")}
+        return self._reserve[window]
 
 
 class ShuffledStream:

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from fastcorl.errors import UserError
 
 # Seconds that a rank waits for another in a collective.
 LONG_WAIT = 1800.0
@@ -49,6 +51,19 @@ class Distributed:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def from_main(self, action: Callable[[], Any]) -> Any:
+        """What `action` returns on the main rank, on every rank; a UserError of it is raised on every rank."""
+        result = error = None
+        if self.is_main:
+            try:
+                result = action()
+            except UserError as caught:
+                error = caught
+        result, error = self.gather((result, error))[0]
+        if error:
+            raise error
+        return result
 
     def barrier(self) -> None:
         if self.world_size > 1:

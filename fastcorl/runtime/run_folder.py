@@ -41,13 +41,13 @@ class RunFolder:
         note = None
         if self.path.exists():
             self._hold()
-        if self.path.exists() and not resume:
-            self.release()
-            number = 1
-            while (aside := self.path.with_name(f"{self.path.name}-{number}")).exists():
-                number += 1
-            self.path.rename(aside)
-            note = f"{self.path} was there already: moved to {aside} (--resume auto continues a run)"
+            if not resume:
+                self.release()
+                number = 1
+                while (aside := self.path.with_name(f"{self.path.name}-{number}")).exists():
+                    number += 1
+                self.path.rename(aside)
+                note = f"{self.path} was there already: moved to {aside} (--resume auto continues a run)"
         self.path.mkdir(parents=True, exist_ok=True)
         self._hold()
         for folder in (self.path, self.checkpoints.folder, self.path / "export"):

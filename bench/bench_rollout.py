@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 
-from bench.goals import OURS
+from bench.goals import OURS, SINGLE, WHOLE
 from bench.measure import synchronize
 from bench.peers.ours_rollout import OurRollout
 from bench.peers.transformers_rollout import TransformersRollout
@@ -75,9 +75,10 @@ def contestants(workload, prompts, ours, theirs):
         # As the public CoRL trainer calls it. A round takes one of the prompts, all of which take equally long.
         single = cycle([[prompt] for prompt in prompts])
         peers = {
-            "transformers, whole batch": (lambda: run_theirs(theirs, prompts, workload), 1),
-            "transformers, prompt by prompt": (lambda: run_theirs(theirs, next(single), workload), len(prompts)),
+            WHOLE: (lambda: run_theirs(theirs, prompts, workload), 1),
+            SINGLE: (lambda: run_theirs(theirs, next(single), workload), len(prompts)),
         }
+        peers = {name: call for name, call in peers.items() if name in workload.peers}
     return {**peers, OURS: (lambda: run_ours(ours, prompts, workload), 1)}
 
 

@@ -19,7 +19,7 @@ from fastcorl.runtime.telemetry import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE, AT_ONCE = "1 rank", "2 runs of 1 rank at once"
-PROMPTS, WARMUP, STEPS = 8, 2, 8
+PROMPTS, WARMUP, STEPS = 8, 1, 5
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -18,7 +18,7 @@ class Goal:
     bound: float
 
     def value(self, entries):
-        """The measured number, or None if the run lacks an entry."""
+        """The measured number, or None if the run lacks it."""
         ours = entries.get((self.op, self.shape, OURS))
         rival = entries.get((self.op, self.shape, self.rival)) or entries.get((self.op, self.rival, OURS))
         if ours is None or (rival is None and self.rival != "floor"):
@@ -35,7 +35,7 @@ MEASURES = {
     "times as fast as": ("≥", lambda ours, rival: rival["ratio_to_ours"]),
     "extra memory /": ("≤", lambda ours, rival: ours["extra_mib"] / rival["extra_mib"]),
     "time per sample /": ("≤", lambda ours, rival: rival["rate"] / ours["rate"]),
-    "MFU": ("≥", lambda ours, _: ours["mfu"]),
+    "MFU": ("≥", lambda ours, _: ours.get("mfu")),
     "peak GiB": ("≤", lambda ours, _: ours["peak_mib"] / 1024),
     "efficiency": ("≥", lambda ours, _: ours["efficiency"]),
     "share of the floor": ("≥", lambda ours, _: 1 / ours["ratio_to_floor"]),

@@ -13,9 +13,9 @@ import torch
 from bench.goals import OURS
 from bench.memory import extra_bytes
 
-SECONDS = {"cpu": 1.0, "cuda": 1.0}  # of measured rounds, and their number in any case
+SECONDS = {"cpu": 0.7, "cuda": 0.3}  # of measured rounds, and their number in any case
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
-WARMUP_SECONDS = 0.5
+WARMUP_SECONDS = {"cpu": 0.3, "cuda": 0.1}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
@@ -62,7 +62,7 @@ def measure(benchmark, provider, providers, problem, *, op, shape, expected, flo
     clock("provider")
     seconds = sum(taken[-1] for taken in times.values())
     rounds = min(max(int(SECONDS[leaf.device.type] / seconds), MIN_ROUNDS), MAX_ROUNDS)
-    warmup_rounds = max(int(WARMUP_SECONDS / seconds), 1)
+    warmup_rounds = max(int(WARMUP_SECONDS[leaf.device.type] / seconds), 1)
     benchmark.group = f"{op}: {shape}"
     benchmark.pedantic(clock, args=("provider",), setup=others, rounds=rounds, warmup_rounds=warmup_rounds)
     if not benchmark.enabled:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText, JanusProcessor
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
+from bench.goals import SINGLE, WHOLE
 from fastcorl.data import PromptData, load_rows
 from fastcorl.model import Policy, PromptEncoder, load_policy
 from fastcorl.model.attention import IMPLEMENTATION
@@ -20,13 +21,17 @@ GUIDANCE = 5.0
 
 @dataclass(frozen=True)
 class Workload:
-    """``kind`` is "images", "answers", or "mixed": a drawing and an answer for every row, in one call."""
+    """``kind`` is "images", "answers", or "mixed": a drawing and an answer for every row, in one call.
+
+    ``peers`` are those of drawings or answers alone; at a billion parameters one takes half a minute a round.
+    """
 
     model: str
     kind: str
     prompts: int
     answer_tokens: int = 1
     rounds: int = 2
+    peers: tuple[str, ...] = (WHOLE, SINGLE)
     device: str = "cpu"
 
     @property
@@ -50,9 +55,11 @@ WORKLOADS = {
     "91M images": Workload("91M", "images", 2),
     "91M answers": Workload("91M", "answers", 2, answer_tokens=64),
     "91M mixed, one prompt": Workload("91M", "mixed", 1, answer_tokens=64),
-    "Janus-Pro-1B, 64 images": Workload("Janus-Pro-1B", "images", 8, device="cuda"),
-    "Janus-Pro-1B, 128 images": Workload("Janus-Pro-1B", "images", 16, device="cuda"),
-    "Janus-Pro-1B, 128 answers": Workload("Janus-Pro-1B", "answers", 16, answer_tokens=256, device="cuda"),
+    "Janus-Pro-1B, 64 images": Workload("Janus-Pro-1B", "images", 8, peers=(WHOLE,), device="cuda"),
+    "Janus-Pro-1B, 128 images": Workload("Janus-Pro-1B", "images", 16, peers=(), device="cuda"),
+    "Janus-Pro-1B, 128 answers": Workload(
+        "Janus-Pro-1B", "answers", 16, answer_tokens=256, peers=(WHOLE,), device="cuda"
+    ),
     "Janus-Pro-1B, mixed": Workload("Janus-Pro-1B", "mixed", 16, answer_tokens=256, device="cuda"),
 }
 
@@ -80,7 +87,7 @@ SIZES = {
         heads=12,
         intermediate=2048,
         vocabulary=32768,
-        grid=12,
+        grid=8,
         patch=4,
         vision=dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2.0),
         vq=dict(latent_channels=32, base_channels=32, channel_multiplier=[1, 1, 1], num_res_blocks=1),

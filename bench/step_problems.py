@@ -24,7 +24,8 @@ class StepProblem:
     """A unified step on `prompts` prompts, `group_size` drawings and answers each.
 
     The quickstart's answers end by themselves; those of a model with random weights do not. Our step without its
-    features is part of the first `feature_rounds` rounds only, or of none.
+    features is part of the first `feature_rounds` rounds only, or of none. The plain trainer's micro-batches all take
+    equally long: where `baseline_prompts` are fewer, its time is that of these, times as many as there are.
     """
 
     model: str
@@ -35,6 +36,8 @@ class StepProblem:
     pack_tokens: int
     rounds: int
     feature_rounds: int
+    baseline_prompts: int | None = None
+    kv_cache_tokens: int | None = None
     device: str = "cpu"
 
     @property
@@ -58,7 +61,11 @@ class StepProblem:
     def config(self, **packing) -> Config:
         packing = {"tokens": self.pack_tokens, **packing}
         return Config(
-            rollout={"guidance": self.guidance, "max_new_tokens": self.max_new_tokens},
+            rollout={
+                "guidance": self.guidance,
+                "max_new_tokens": self.max_new_tokens,
+                "kv_cache_tokens": self.kv_cache_tokens,
+            },
             algorithm={"group_size": self.group_size},
             packing=packing,
             stages={STAGE: {"task": "unified", "prompts_per_step": self.prompts}},
@@ -108,9 +115,11 @@ PROBLEMS = {
         8,
         guidance=5.0,
         max_new_tokens=512,
-        pack_tokens=16384,
+        pack_tokens=8192,
         rounds=1,
         feature_rounds=1,
+        baseline_prompts=2,
+        kv_cache_tokens=65536,
         device="cuda",
     ),
 }

@@ -14,8 +14,9 @@ ROLLOUT_HEADER = """| shape | provider | median | rate | / fastcorl | of floor |
 |---|---|--:|--:|--:|--:|--:|--:|--:|--:|"""
 
 STEP_HEADER = """\
-| shape | provider | median | samples/s | / fastcorl | rollout | score | train | peak MiB | extra MiB | MFU | J/sample |
-|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"""
+| shape | provider | median | samples/s | / fastcorl | GFLOP | of floor | rollout | score | train | peak MiB \
+| extra MiB | MFU | J/sample |
+|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"""
 
 SCALING_HEADER = """| shape | provider | median | / fastcorl | efficiency | communication | rollout | score | train |
 |---|---|--:|--:|--:|--:|--:|--:|--:|"""
@@ -31,13 +32,15 @@ bench/rollout_floor.py sums it up, over the provider's. Our stages: vision tower
 
 STEP_LEGEND = """
 A step goes from prompts to updated weights. `/ fastcorl` is a median of ratios within one round; above 1 is slower.
-`train` has forward, backward and the optimizer. `peak MiB` is resident memory of a process that does nothing else,
-`extra MiB` what a step takes of it above what was resident before. The plain trainer samples 16 rows at a time, runs
-padded forwards with whole logits and the vision tower for every answer (bench/baselines). Without packing each sequence
-is a micro-batch of its own; without vision reuse the training forward runs the tower for every answer; without mixed
-rollout drawings and answers are sampled one after the other; with rewards in turn or beside sampling, whichever is not
-the default of the device, the thread of `rollout.overlap` is switched; without fused loss torch's autograd sees whole
-logits. `MFU` is of the training phase, and energy by NVML, where there is a GPU."""
+`GFLOP` are the products, convolutions and attention of the whole step, `of floor` is the time of these at the rate of a
+large product, measured in every round, over the provider's. `train` has forward, backward and the optimizer. `peak MiB`
+is resident memory of a process that does nothing else, `extra MiB` what a step takes of it above what was resident
+before. The plain trainer samples 16 rows at a time, runs padded forwards with whole logits and the vision tower for
+every answer (bench/baselines). Without packing each sequence is a micro-batch of its own; without vision reuse the
+training forward runs the tower for every answer; without mixed rollout drawings and answers are sampled one after the
+other; with rewards in turn or beside sampling, whichever is not the default of the device, the thread of
+`rollout.overlap` is switched; without fused loss torch's autograd sees whole logits. `MFU` is of
+the training phase, and energy by NVML, where there is a GPU."""
 
 SCALING_LEGEND = """
 `efficiency` of a provider is the time of a step on one rank alone over the provider's with as many samples on each
@@ -56,7 +59,7 @@ def title(result):
     machine = result["machine_info"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
     device = f"{machine['gpu']}, CUDA {machine['cuda']}; " if machine["gpu"] else ""
-    host = f"{machine['cpu']}, {machine['threads']} threads; Python {machine['python']}"
+    host = f"{machine['cpu']} ({machine['vectors']}), {machine['threads']} threads; Python {machine['python']}"
     return f"{result['datetime'][:10]}. {device}{host}, {packages}."
 
 
@@ -106,6 +109,8 @@ def step_row(entry):
         duration(entry["median_s"]),
         f"{entry['rate']:.3g}",
         f"{entry['ratio_to_ours']:.2f}",
+        f"{entry['flop'] / 1e9:.0f}" if "flop" in entry else "",
+        f"{1 / entry['ratio_to_floor']:.2f}" if "ratio_to_floor" in entry else "",
         *(duration(phases[name]) for name in ("rollout", "score", "train")),
         *(f"{entry[name]:.0f}" if name in entry else "" for name in ("peak_mib", "extra_mib")),
         f"{entry['mfu']:.2f}" if "mfu" in entry else "",

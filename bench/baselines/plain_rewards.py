@@ -59,7 +59,7 @@ def plain_rewards(
     config: RewardsConfig, janus: JanusForConditionalGeneration, processor: JanusProcessor
 ) -> RewardSuite:
     """The rewards of `config`, run as the public trainer would run them."""
-    models = RewardModels(config)
+    models = RewardModels(config, janus.device)
     if config.image_similarity == "vq":
         models.image_similarity = make_image_similarity("vq", vq_encoder=janus.model.vqmodel.encoder)
     models.image_similarity = OneAtATime(models.image_similarity)

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -47,21 +47,17 @@ class OurStep:
         return patch.object(self.policy, "hidden_states", partial(hidden_states_from_pixels, self.policy, pixels))
 
     def without_mixed_rollout(self) -> AbstractContextManager:
-        return patch.object(self.trainer.collector, "engine", self._two_calls)
+        collector = self.trainer.collector
+        return patch.object(collector, "engine", TwoCalls(collector.engine))
 
     def without_rewards_in_turn(self) -> AbstractContextManager:
-        """With the overlap that is off on a CPU: rewards run beside sampling and one another."""
-        return patch.object(self.trainer.collector, "overlap", True)
+        """With the overlap that is off on a CPU: rewards run beside sampling and one another. On a GPU the reverse."""
+        collector = self.trainer.collector
+        return patch.object(collector, "overlap", not collector.overlap)
 
     def without_fused_loss(self) -> AbstractContextManager:
         objective = self.trainer.objective
         return patch.object(objective, "_loss", partial(whole_logits_loss, objective.options))
-
-    @cached_property
-    def _two_calls(self) -> "TwoCalls":
-        calls = TwoCalls(self.trainer.collector.engine)
-        self.trainer.engines += calls.engines  # which are told when the weights change
-        return calls
 
     def _one_by_one(self, rollout: Rollout) -> list[PackedBatch]:
         packer = Packer(rollout, self.trainer.pack_options)
@@ -79,15 +75,14 @@ FEATURES = {
 
 
 class TwoCalls:
-    """A rollout engine that samples drawings and answers one after the other, each with an engine of its own."""
+    """A rollout engine that samples drawings and answers one after the other."""
 
     def __init__(self, engine: RolloutEngine):
-        self.policy = engine.policy
-        self.engines = [RolloutEngine(engine.policy, weight_version=engine.weight_version) for _ in range(2)]
+        self.engine, self.policy = engine, engine.policy
 
     def generate(self, *args, draw: bool, answer: bool, **options) -> Rollout:
-        drawings = self.engines[0].generate(*args, draw=True, answer=False, **options)
-        answers = self.engines[1].generate(*args, draw=False, answer=True, **options)
+        drawings = self.engine.generate(*args, draw=True, answer=False, **options)
+        answers = self.engine.generate(*args, draw=False, answer=True, **options)
         return replace(answers, images=drawings.images, draw_ids=drawings.draw_ids, uncond_ids=drawings.uncond_ids)
 
 

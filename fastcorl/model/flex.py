@@ -19,7 +19,14 @@ def by_flex(
     """See `Attend`."""
     q, k, v = (states.transpose(0, 1)[None] for states in (query, key, value))
     out = flex_attention()(
-        q, k, v, block_mask=layout.plan(block_mask), scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        block_mask=layout.plan(block_mask),
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+        # Not the kernel for decoding, which torch would take for short packs and has none of for some of their lengths.
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
     return out[0].transpose(0, 1)
 

@@ -62,6 +62,8 @@ class Job:
     def _run(self, work: Mapping[str, Callable[[], torch.Tensor]], stream: torch.cuda.Stream | None) -> None:
         start = time.perf_counter()
         try:
+            if stream is not None:  # a new thread's device is the first, which leaving the stream would wake
+                torch.cuda.set_device(stream.device)
             with torch.no_grad(), torch.cuda.stream(stream):  # both are a thread's own
                 for name, compute in work.items():
                     if self._cancelled:

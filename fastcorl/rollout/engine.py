@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from PIL.Image import Image
@@ -130,7 +131,7 @@ class RolloutEngine:
                 codes = self._codes() if drawings else None
                 chain = self._unconditional_sources({len(ids) for ids in draw_ids}) if guided and drawings else {}
                 if drawings:
-                    drawn = Drawings(policy, worker.images, rows, announce)
+                    drawn = Drawings(policy, worker.images, rows, announce, self._beside if announce else None)
                 try:
                     worker.begin(Inputs(draw_ids, ask_ids, features, codes, chain))
                     Decoding(
@@ -192,6 +193,13 @@ class RolloutEngine:
         text_states = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         mask = torch.arange(text_states.shape[1], device=policy.device) < lengths[:, None]
         return torch.stack(images), text_states, mask
+
+    @cached_property
+    def _beside(self) -> torch.cuda.Stream | None:
+        """The stream that drawings are decoded on while sampling goes on: one for all calls, since torch keeps freed
+        memory for the stream that it was taken on."""
+        device = self.policy.device
+        return torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def _pointers(self) -> list[tuple[str, int]]:
         return [(name, parameter.data_ptr()) for name, parameter in self.policy.named_parameters()]

@@ -16,8 +16,8 @@ class Drawings:
     """The first `count` drawings of a call. Their codes become pixels in batches of neighbours, which are the same in
     whatever order drawings finish.
 
-    With `announce` a batch is decoded as soon as its last drawing is finished, on CUDA on a stream beside the one that
-    samples; `announce` is called after the last batch, with that stream as the current one.
+    With `announce` a batch is decoded as soon as its last drawing is finished, on `stream` if there is one, beside the
+    one that samples; `announce` is called after the last batch, with that stream as the current one.
     """
 
     @torch.inference_mode(False)
@@ -27,14 +27,14 @@ class Drawings:
         rows: ImageRows,
         count: int,
         announce: Callable[[ImageSamples], None] | None = None,
+        stream: torch.cuda.Stream | None = None,
     ):
-        self.policy, self.rows, self.count, self.announce = policy, rows, count, announce
+        self.policy, self.rows, self.count, self.announce, self._stream = policy, rows, count, announce, stream
         size, device = policy.image_size, policy.device
         self.pixels = torch.empty(count, 3, size, size, device=device)
         at_once = max(1, DECODE_PIXELS_AT_ONCE // size**2)
         self._batches = [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
         self._finished: set[int] = set()
-        self._stream = torch.cuda.Stream(device) if announce and device.type == "cuda" else None
 
     @torch.inference_mode(False)
     def finish(self, places: Iterable[int]) -> None:

@@ -100,6 +100,11 @@ def start(*, threads: int, process_group: bool) -> Distributed:
     # torchrun and DeepSpeed's launcher name it differently.
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"{local_world_size} ranks are started on a machine with {torch.cuda.device_count()} GPUs: start one "
+                "for each GPU, or train on the CPU with CUDA_VISIBLE_DEVICES= (set, and empty)"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:

@@ -29,6 +29,7 @@ class Reference:
                 self.copy.lay_out()
             else:
                 self.copy.to("cpu")
+                self.start = {name: weight.data for name, weight in self.copy.named_parameters()}
         elif self.where == "swap":
             self.start = {name: _host_copy(weight) for name, weight in self._changing()}
 
@@ -55,7 +56,8 @@ class Reference:
                 yield self.copy.to(device)
             finally:
                 if self.where == "offload":
-                    self.copy.to("cpu")
+                    for name, weight in self.copy.named_parameters():
+                        weight.data = self.start[name]
 
     def _changing(self) -> Iterator[tuple[str, nn.Parameter]]:
         # By the policy's own rule: under ZeRO 3 this is the copy that is sampled with, none of which has gradients.

@@ -15,8 +15,9 @@ SMALL_RUN = REPOSITORY / "tests" / "small_run.yaml"
 
 
 def environment() -> dict[str, str]:
-    bin_folder = Path(sys.executable).parent
-    return {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    """Of runs on the CPU, also where there are GPUs, of which two ranks would need two."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
 def run_python(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:

@@ -83,6 +83,7 @@ def test_on_cuda_there_is_a_stream_that_waits(background, monkeypatch):
 
     class Stream:
         def __init__(self, device):
+            self.device = device
             log.append("made")
 
         def wait_stream(self, other):
@@ -100,9 +101,14 @@ def test_on_cuda_there_is_a_stream_that_waits(background, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the caller's")
     monkeypatch.setattr(torch.cuda, "stream", on)
-    used = []
-    work = {name: lambda: used.append(current.stream) for name in ("one", "two")}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(current, "device", device))
+    used, device = [], torch.device("cuda", 1)
+
+    def compute():
+        assert current.device == device
+        used.append(current.stream)
+
     for _ in range(2):
-        background.start(work, torch.device("cuda", 0)).result()
+        background.start({"one": compute, "two": compute}, device).result()
     assert log == ["made", *["waits for the caller's", "synchronized"] * 2]
     assert len(used) == 4 and len(set(map(id, used))) == 1 and isinstance(used[0], Stream)

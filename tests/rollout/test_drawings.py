@@ -154,8 +154,7 @@ def test_pixels_are_decoded_on_a_stream_that_waits_and_is_waited_for(policy, mon
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(policy, "decode_images", decode, raising=False)
     rows = ImageRows(4, NUM_IMAGE_TOKENS, 1, policy.device)
-    drawn = Drawings(policy, rows, 4, lambda images: log.append(f"announced on {Stream.current.name}"))
-    drawn._stream = side
+    drawn = Drawings(policy, rows, 4, lambda images: log.append(f"announced on {Stream.current.name}"), side)
     drawn.finish([0, 1])
     log.clear()
     drawn.finish([2, 3])

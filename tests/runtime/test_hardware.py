@@ -343,6 +343,7 @@ def test_overhead_is_under_a_hundredth_of_a_second_long_step(install):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_real_gpu():
     pytest.importorskip("pynvml")
+    torch.cuda.reset_peak_memory_stats(CUDA)  # other tests' memory is no longer there
     meter = HardwareMeter(CUDA)
     meter.begin()
     matrix = torch.randn(4096, 4096, device=CUDA)

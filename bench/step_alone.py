@@ -1,7 +1,8 @@
-"""Peak memory of one step in a process of its own: `python -m bench.step_memory PROBLEM PROVIDER`, printed as JSON.
+"""Arithmetic and peak memory of a step in a process of its own: `python -m bench.step_alone PROBLEM PROVIDER`, as JSON.
 
-The step is the second: optimizer state, and buffers that are kept between steps, are there before it. `peak_mib` is
-resident memory with everything in it, `extra_mib` what the step takes above what was resident before it.
+`flop` is counted in the first step. Memory is that of the second: optimizer state, and buffers that are kept between
+steps, are there before it. `peak_mib` is resident memory with everything in it, `extra_mib` what the step takes above
+what was resident before it.
 """
 
 import ctypes
@@ -13,15 +14,16 @@ import sys
 from pathlib import Path
 
 
-def peak_of(problem: str, provider: str) -> dict[str, float]:
-    """Runs a step of `provider`, "baseline", "fastcorl" or a feature that it goes without, in a fresh process."""
-    command = [sys.executable, "-m", "bench.step_memory", problem, provider]
+def figures_of(problem: str, provider: str) -> dict[str, float]:
+    """Runs steps of `provider` as bench/goals.py names them, in a fresh process."""
+    command = [sys.executable, "-m", "bench.step_alone", problem, provider]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(name: str, provider: str) -> None:
-    from bench.goals import BASELINE, OURS
+    from bench.arithmetic import counted
+    from bench.goals import BASELINE
     from bench.peers.ours_step import OurStep
     from bench.step_problems import PROBLEMS
 
@@ -34,21 +36,16 @@ def main(name: str, provider: str) -> None:
         def step():
             baseline.step(prompts)
     else:
-        ours = OurStep(problem.trainer(policy))
-        feature = None if provider == OURS else provider
+        step = OurStep(problem.trainer(policy)).step
 
-        def step():
-            with ours.without(feature):
-                ours.step()
-
-    step()
+    flop = counted(step)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     held = _status_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     step()
     peak = _status_mib("VmHWM")
-    print(json.dumps({"peak_mib": peak, "extra_mib": peak - held}))
+    print(json.dumps({"flop": flop, "peak_mib": peak, "extra_mib": peak - held}))
 
 
 def _status_mib(field: str) -> float:

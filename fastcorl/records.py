@@ -121,19 +121,20 @@ class PackedBatch:
     """One micro-batch: sequences of both modalities behind one another, no padding.
 
     With shared prefixes a group's prompt is a sequence of its own, and each completion a sequence that continues it.
-    `token_ids[p]` is a text id, an image code or (where `vision_rows` are put) a placeholder, told by `is_image_code`.
+    `token_ids[p]` is a text id, an image code (at `code_positions`) or a placeholder (at `vision_positions`). What says
+    how the sequences lie is on the CPU, where it is read: a forward need not wait for the one before it.
     """
 
     token_ids: torch.Tensor  # (N,) int64
-    is_image_code: torch.Tensor  # (N,) bool
+    code_positions: torch.Tensor  # (C,) int64: where image codes stand
     position_ids: torch.Tensor  # (N,) int64
-    cu_seqlens: torch.Tensor  # (S + 1,) int32
+    cu_seqlens: torch.Tensor  # (S + 1,) int32, on the CPU
     vision_positions: torch.Tensor  # (M,) int64: where image features stand
     vision_rows: torch.Tensor  # (M,) int64: which row of the flattened features stands there
     vision_features: torch.Tensor | None  # (rows, hidden)
     image: LossRows | None
     text: LossRows | None
-    prefixes: torch.Tensor | None = None  # (S,) int64: the sequence that each one continues, or -1
+    prefixes: torch.Tensor | None = None  # (S,) int64, on the CPU: the sequence that each one continues, or -1
 
     @property
     def num_tokens(self) -> int:

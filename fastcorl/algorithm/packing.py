@@ -126,7 +126,7 @@ class _PackBuilder:
         self.image_token_id, self.features = image_token_id, features
         self.share_prefix = share_prefix
         self.token_ids: list[int] = []
-        self.is_code: list[bool] = []
+        self.code_positions: list[int] = []
         self.position_ids: list[int] = []
         self.bounds = [0]
         self.prefixes: list[int] = []
@@ -165,7 +165,8 @@ class _PackBuilder:
     def _append(self, ids: list[int], *, code: bool, first_position: int) -> int:
         start = len(self.token_ids)
         self.token_ids += ids
-        self.is_code += [code] * len(ids)
+        if code:
+            self.code_positions += range(start, start + len(ids))
         self.position_ids += range(first_position, first_position + len(ids))
         self.bounds[-1] += len(ids)
         return start
@@ -179,13 +180,13 @@ class _PackBuilder:
         features = self.features
         return PackedBatch(
             token_ids=torch.tensor(self.token_ids, device=device),
-            is_image_code=torch.tensor(self.is_code, device=device),
+            code_positions=torch.tensor(self.code_positions, dtype=torch.int64, device=device),
             position_ids=torch.tensor(self.position_ids, device=device),
-            cu_seqlens=torch.tensor(self.bounds, dtype=torch.int32, device=device),
+            cu_seqlens=torch.tensor(self.bounds, dtype=torch.int32),
             vision_positions=torch.tensor(self.vision_positions, dtype=torch.int64, device=device),
             vision_rows=torch.tensor(self.vision_rows, dtype=torch.int64, device=device),
             vision_features=features.flatten(0, 1) if features is not None else None,
             image=image,
             text=text,
-            prefixes=torch.tensor(self.prefixes, device=device) if self.share_prefix else None,
+            prefixes=torch.tensor(self.prefixes) if self.share_prefix else None,
         )

@@ -48,7 +48,7 @@ class PackedAttention:
     """Causal attention inside each sequence of a pack of N positions and, where one continues another, to that one.
 
     Args:
-        cu_seqlens, prefixes, prefix_lengths: see `PackLayout`.
+        cu_seqlens, prefixes, prefix_lengths, device: see `PackLayout`.
         keep_kv: store each layer's keys and values, (N, kv_heads, D), for a decoder to start from.
         backend: what computes it, of `backends.NAMES`.
 
@@ -61,10 +61,11 @@ class PackedAttention:
         prefixes: torch.Tensor | None = None,
         *,
         prefix_lengths: torch.Tensor | None = None,
+        device: torch.device | None = None,
         keep_kv: bool = False,
         backend: str = "auto",
     ):
-        self.layout = PackLayout(cu_seqlens, prefixes, prefix_lengths)
+        self.layout = PackLayout(cu_seqlens, prefixes, prefix_lengths, device)
         self.backend = backend
         self.keys: list[torch.Tensor] | None = [] if keep_kv else None
         self.values: list[torch.Tensor] = []

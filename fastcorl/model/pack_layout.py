@@ -29,6 +29,7 @@ class PackLayout:
         prefixes: (S,) int64; a sequence with `prefixes[s] = p >= 0` continues sequence `p`. -1 marks a sequence on its
             own, as does None for all.
         prefix_lengths: (S,) int64; how many positions of the sequence that it continues each one sees; None sees all.
+        device: of the states, where it is not that of `cu_seqlens`. All three are read on the CPU.
     """
 
     def __init__(
@@ -36,8 +37,9 @@ class PackLayout:
         cu_seqlens: torch.Tensor,
         prefixes: torch.Tensor | None = None,
         prefix_lengths: torch.Tensor | None = None,
+        device: torch.device | None = None,
     ):
-        self.cu_seqlens = cu_seqlens.int()
+        self.cu_seqlens = cu_seqlens.int().to(device or cu_seqlens.device)
         self.sequences = [Span(*bounds) for bounds in pairwise(cu_seqlens.tolist())]
         parents = [-1] * len(self.sequences) if prefixes is None else prefixes.tolist()
         lengths = [self.sequences[parent].length for parent in parents]

@@ -133,9 +133,8 @@ class Policy(nn.Module):
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:
         """(N, hidden) input embeddings of a pack."""
-        code_positions = batch.is_image_code.nonzero().squeeze(-1)
-        text_ids = batch.token_ids.masked_fill(batch.is_image_code, self.encoder.pad_id)
-        embeds = self.embed_text(text_ids)
+        code_positions = batch.code_positions
+        embeds = self.embed_text(batch.token_ids.index_fill(0, code_positions, self.encoder.pad_id))
         # Also without any code: under ZeRO 3 every rank must call the same modules.
         codes = self.embed_codes(batch.token_ids.index_select(0, code_positions))
         embeds = embeds.index_copy(0, code_positions, codes.to(embeds.dtype))
@@ -154,7 +153,8 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """(N, hidden) final hidden states of a pack."""
-        attention = PackedAttention(batch.cu_seqlens, batch.prefixes, backend=self.attention_backend)
+        device, backend = batch.token_ids.device, self.attention_backend
+        attention = PackedAttention(batch.cu_seqlens, batch.prefixes, device=device, backend=backend)
         return self.run_backbone(self.embed(batch).unsqueeze(0), batch.position_ids.unsqueeze(0), attention).squeeze(0)
 
     def image_head_input(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -216,9 +216,9 @@ def pack_prompts(
         raise ValueError(f"the prompts have {len(placeholders)} image placeholders for {num_features} image features")
     return PackedBatch(
         token_ids=token_ids,
-        is_image_code=torch.zeros_like(token_ids, dtype=torch.bool),
+        code_positions=token_ids.new_empty(0),
         position_ids=torch.cat([torch.arange(length) for length in lengths.tolist()]).to(device),
-        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int().to(device),
+        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(),
         vision_positions=placeholders,
         vision_rows=torch.arange(len(placeholders), device=device),
         vision_features=features,

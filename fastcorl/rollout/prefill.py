@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastcorl.model import PackedAttention, Policy, pack_prompts
+from fastcorl.records import PackedBatch
 from fastcorl.rollout.decoder import Decoder, Rope, rotate
 
 PACK_TOKENS = 16384  # bounds the activations of one forward
@@ -44,9 +45,9 @@ class Prefiller:
         sources = []
         for part in _packs(prompts):
             batch = self._pack(prompts[part], features[part])
-            attention = PackedAttention(batch.cu_seqlens, keep_kv=True, backend=self.policy.attention_backend)
+            attention = self._attention(batch, keep_kv=True)
             hidden = self._run(self.policy.embed(batch), batch.position_ids, attention)
-            lasts = batch.cu_seqlens[1:].long() - 1
+            lasts = (batch.cu_seqlens[1:].long() - 1).to(hidden.device)
             prefill = Prefill(attention.keys, attention.values, hidden[lasts])
             start = 0
             for index, prompt in enumerate(prompts[part]):
@@ -82,11 +83,14 @@ class Prefiller:
         """Yields the final hidden states (L_i, hidden) of each sequence, in order."""
         for part in _packs(sequences):
             batch = self._pack(sequences[part], features[part])
-            attention = PackedAttention(batch.cu_seqlens, backend=self.policy.attention_backend)
-            hidden = self._run(self.policy.embed(batch), batch.position_ids, attention)
+            hidden = self._run(self.policy.embed(batch), batch.position_ids, self._attention(batch))
             yield from hidden.split([len(sequence) for sequence in sequences[part]])
 
-    def _pack(self, prompts: Sequence[Sequence[int]], features: Sequence[torch.Tensor | None]):
+    def _attention(self, batch: PackedBatch, *, keep_kv: bool = False) -> PackedAttention:
+        device, backend = batch.token_ids.device, self.policy.attention_backend
+        return PackedAttention(batch.cu_seqlens, device=device, keep_kv=keep_kv, backend=backend)
+
+    def _pack(self, prompts: Sequence[Sequence[int]], features: Sequence[torch.Tensor | None]) -> PackedBatch:
         present = [each for each in features if each is not None]
         ids = [list(prompt) for prompt in prompts]
         stacked = torch.stack(present) if present else None

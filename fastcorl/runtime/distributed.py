@@ -102,7 +102,7 @@ def start(*, threads: int, process_group: bool) -> Distributed:
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"{local_world_size} ranks are started on a machine with {torch.cuda.device_count()} GPUs: start one "
+                f"this machine has GPUs for {torch.cuda.device_count()} of {local_world_size} ranks: start one rank "
                 "for each GPU, or train on the CPU with CUDA_VISIBLE_DEVICES= (set, and empty)"
             )
         device = torch.device("cuda", local_rank)

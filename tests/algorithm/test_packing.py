@@ -129,9 +129,8 @@ def test_every_token_is_in_one_row_with_its_advantage(
                         context = contexts[position]
                         before = index + shift
                         assert batch.token_ids[context].tolist() == ids + targets[:before]
-                        assert (
-                            batch.is_image_code[context].tolist() == [False] * len(ids) + [modality == "image"] * before
-                        )
+                        is_code = torch.isin(torch.tensor(context), batch.code_positions)
+                        assert is_code.tolist() == [False] * len(ids) + [modality == "image"] * before
                         assert batch.position_ids[context].tolist() == list(range(len(context)))
                         used.update(context)
             assert (rows.uncond_positions is not None) == (guided and modality == "image")
@@ -172,7 +171,7 @@ def check_vision(batch, rollout, contexts, row_of):
     if batch.text is None:
         assert not len(batch.vision_positions)
         return
-    placeholders = (batch.token_ids == rollout.image_token_id) & ~batch.is_image_code
+    placeholders = (batch.token_ids == rollout.image_token_id).index_fill(0, batch.code_positions, False)
     assert sorted(batch.vision_positions.tolist()) == placeholders.nonzero().flatten().tolist()
     assert torch.equal(batch.vision_features.view_as(rollout.vision_features), rollout.vision_features)
     feature_at = dict(zip(batch.vision_positions.tolist(), batch.vision_rows.tolist(), strict=True))

@@ -74,7 +74,7 @@ def training_pack(
     features = policy.janus.model.get_image_features(pixels, return_dict=True).pooler_output.flatten(0, 1)
     pack = PackedBatch(
         token_ids=token_ids,
-        is_image_code=is_code,
+        code_positions=is_code.nonzero().squeeze(-1),
         position_ids=position_ids,
         cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(),
         vision_positions=vision_positions,

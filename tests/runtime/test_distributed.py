@@ -1,0 +1,16 @@
+"""Which device a rank takes."""
+
+import pytest
+import torch
+
+from fastcorl.errors import UserError
+from fastcorl.runtime import distributed
+
+
+def test_more_ranks_than_gpus_are_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="GPUs for 1 of 2 ranks: .* CUDA_VISIBLE_DEVICES="):
+        distributed.start(threads=1, process_group=False)

@@ -120,7 +120,15 @@ def start(*, threads: int, process_group: bool) -> Distributed:
         }.items():
             os.environ.setdefault(key, value)
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=JOIN_WAIT))
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=JOIN_WAIT))
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"port {os.environ['MASTER_PORT']} of this machine is taken, maybe by another run: give the launcher "
+                "another one with --master_port"
+            ) from None
     ranks = Distributed(rank, world_size, device)
     ranks.wait_long()
     return ranks

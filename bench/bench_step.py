@@ -3,7 +3,7 @@
 Every round runs the baseline, our step without each of its features in turn, and our step, one after the other; ratios
 are medians over rounds of times taken within the same round, as in bench/bench_rollout.py. The floor on a CPU is the
 time of the provider's own arithmetic at the rate of a large product in that round. Peak memory is that of a process of
-its own (bench/step_alone.py), on a GPU what torch allocates with both contestants there.
+its own (bench/step_alone.py), on a GPU what torch allocates, less what the other contestant holds.
 """
 
 import math
